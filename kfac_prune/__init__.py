@@ -1,0 +1,78 @@
+"""One-shot pruning of transformers by the Optimal Brain Surgeon under a Kronecker-factored Hessian.
+
+    model, tokenizer = load_model("folder"), load_tokenizer("folder")
+    windows = load_windows("train.txt", tokenizer, samples=128, seqlen=256)
+    layers = prunable_layers(model)
+    factors = estimate_factors(model, layers, windows)
+    plan = make_plan(layers, factors, sparsity=0.5)      # nothing has changed yet
+    print(plan.table())
+    prune(layers, plan)                                  # in place
+    save_model(model, tokenizer, Path("pruned"))
+
+``run(Recipe(model=..., data=..., out=...))`` is all of it with measurement, as the command line does it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kfac_prune.config import Recipe
+    from kfac_prune.curvature.estimate import Factors, estimate_factors
+    from kfac_prune.data import Windows, load_windows
+    from kfac_prune.errors import InputError
+    from kfac_prune.evaluate import Quality, evaluate
+    from kfac_prune.export import save_model
+    from kfac_prune.models import load_model, load_tokenizer, prunable_layers
+    from kfac_prune.obs import NM
+    from kfac_prune.operators import Damping
+    from kfac_prune.pipeline import run
+    from kfac_prune.plan import Plan, make_plan, prune
+
+_HOME = {
+    "Damping": "operators",
+    "Factors": "curvature.estimate",
+    "InputError": "errors",
+    "NM": "obs",
+    "Plan": "plan",
+    "Quality": "evaluate",
+    "Recipe": "config",
+    "Windows": "data",
+    "estimate_factors": "curvature.estimate",
+    "evaluate": "evaluate",
+    "load_model": "models",
+    "load_tokenizer": "models",
+    "load_windows": "data",
+    "make_plan": "plan",
+    "prunable_layers": "models",
+    "prune": "plan",
+    "run": "pipeline",
+    "save_model": "export",
+}
+
+__all__ = [
+    "NM",
+    "Damping",
+    "Factors",
+    "InputError",
+    "Plan",
+    "Quality",
+    "Recipe",
+    "Windows",
+    "estimate_factors",
+    "evaluate",
+    "load_model",
+    "load_tokenizer",
+    "load_windows",
+    "make_plan",
+    "prunable_layers",
+    "prune",
+    "run",
+    "save_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use, so that ``import kfac_prune`` and ``--help`` do not load torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'kfac_prune' has no attribute {name!r}")
+    return getattr(import_module(f"kfac_prune.{_HOME[name]}"), name)

@@ -1,0 +1,96 @@
+"""Allocation of a sparsity budget over layers by their curves of predicted loss (DESIGN §6).
+
+Minimise ``Σ e_l(s_l)`` subject to ``Σ n_l s_l = s Σ n_l``. Each curve is interpolated in log e, replaced by its lower
+convex hull, and the hulls' segments are then filled in the order of their slope per weight: that is the exact optimum
+of the relaxed problem, the same point that bisection on the Lagrange multiplier finds.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+#: No layer loses more than this fraction of its weights, unless the whole model is to lose nearly as much: beyond it
+#: the quadratic prediction is too optimistic (0.97 instead of 0.9 costs a sixth more at 70 % on one of our models).
+MAX_SPARSITY = 0.9
+STEP = 0.005
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """Predicted loss of one layer against its sparsity.
+
+    Attributes:
+        points: sparsity in (0, 1) -> loss in nats per token, at least two.
+        size: number of weights.
+    """
+
+    points: Mapping[float, float]
+    size: int
+
+    def __post_init__(self) -> None:
+        if len(self.points) < 2:
+            raise ValueError(f"a curve needs at least two points, got {len(self.points)}")
+
+    def __call__(self, sparsity: float) -> float:
+        """Loss at a sparsity: log e piecewise linear in s, zero at s = 0, end slopes continued."""
+        if sparsity <= 0:
+            return 0.0
+        xs = sorted(self.points)
+        i = min(max(bisect_left(xs, sparsity), 1), len(xs) - 1)
+        low, high = xs[i - 1], xs[i]
+        y0, y1 = (math.log(max(self.points[x], 1e-30)) for x in (low, high))
+        return math.exp(y0 + (y1 - y0) * (sparsity - low) / (high - low))
+
+    def corrected(self, sparsity: float, loss: float) -> LossCurve:
+        """The curve through a more exact point: all losses scaled by the same factor, the point put in.
+
+        Points within 0.01 of the new one give way.
+        """
+        factor = loss / self(sparsity)
+        kept = {s: e * factor for s, e in self.points.items() if abs(s - sparsity) > 0.01}
+        return LossCurve({**kept, sparsity: loss}, self.size)
+
+
+def lower_hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The lower convex hull of points with increasing x (Andrew's monotone chain)."""
+    hull: list[tuple[float, float]] = []
+    for x, y in points:
+        while len(hull) > 1:
+            (x0, y0), (x1, y1) = hull[-2], hull[-1]
+            if (y1 - y0) * (x - x0) < (y - y0) * (x1 - x0):
+                break
+            hull.pop()
+        hull.append((x, y))
+    return hull
+
+
+def allocate(curves: Mapping[str, LossCurve], sparsity: float) -> dict[str, float]:
+    """The sparsity of every layer that minimises the summed loss at a total sparsity.
+
+    Args:
+        curves: per layer name.
+        sparsity: wanted over all layers together, in [0, 1).
+
+    Returns:
+        Sparsity per layer, at most 0.9 or half-way from the total sparsity to 1, whichever is more.
+    """
+    limit = max(MAX_SPARSITY, (1 + sparsity) / 2)
+    grid = [STEP * i for i in range(int(limit / STEP) + 1)]
+    segments = []
+    for name, curve in curves.items():
+        hull = lower_hull([(s, curve(s)) for s in grid])
+        for (s0, e0), (s1, e1) in pairwise(hull):
+            segments.append(((e1 - e0) / ((s1 - s0) * curve.size), name, s1 - s0))
+    budget = sparsity * sum(curve.size for curve in curves.values())
+    result = dict.fromkeys(curves, 0.0)
+    for _, name, width in sorted(segments):
+        taken = min(width, budget / curves[name].size)
+        result[name] += taken
+        budget -= taken * curves[name].size
+        if budget <= 0:
+            break
+    return result

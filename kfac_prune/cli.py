@@ -1,0 +1,160 @@
+"""The command line: ``kfac-prune prune | eval | inspect | demo``. torch and transformers load only when needed."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+from kfac_prune.config import Recipe, read_recipe
+from kfac_prune.errors import InputError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 = done, 2 = the input cannot be used (one line on stderr says what and why), 130 = interrupted.
+    """
+    arguments = build_parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except InputError as error:
+        print(f"kfac-prune: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("kfac-prune: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; the options of ``prune`` are the fields of ``Recipe``."""
+    parser = argparse.ArgumentParser(
+        prog="kfac-prune",
+        description="One-shot pruning of transformers by the Optimal Brain Surgeon under a Kronecker-factored Hessian.",
+    )
+    parser.add_argument("--version", action="version", version=f"kfac-prune {version('kfac-prune')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    prune = commands.add_parser("prune", help="prune a model and save it", description="Prune a model and save it.")
+    prune.add_argument("model", nargs="?", default=argparse.SUPPRESS, help=_field("model").metadata["help"])
+    prune.add_argument("--recipe", help="YAML file with any of these options; options given here win")
+    for field in dataclasses.fields(Recipe):
+        if field.name != "model":
+            _add_option(prune, field)
+    prune.set_defaults(run=_prune)
+
+    evaluate = commands.add_parser(
+        "eval",
+        help="loss, perplexity and sparsity of a model, and KL to its dense form",
+        description="Measure a model on text: loss and KL in nats per token, perplexity, sparsity.",
+    )
+    evaluate.add_argument("model", help="model to measure: a local folder or a hub id")
+    evaluate.add_argument("--dense", help="the model before pruning, for KL(dense‖pruned); default: no KL")
+    for name in ("data", "separator", "text_field", "eval_samples", "seqlen", "batch_size", "device", "dtype",
+                 "trust_remote_code"):  # fmt: skip
+        _add_option(evaluate, _field(name), required=name == "data")
+    evaluate.set_defaults(run=_eval)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="list what can be pruned in a model, from its configuration alone",
+        description="List the layers that can be pruned and what share of the parameters they hold. Loads no weights.",
+    )
+    inspect.add_argument("model", help="model to look at: a local folder or a hub id")
+    for name in ("include", "ignore", "trust_remote_code"):
+        _add_option(inspect, _field(name))
+    inspect.set_defaults(run=_inspect)
+
+    demo = commands.add_parser(
+        "demo",
+        help="prune a small model that comes with the package by three methods and compare; needs no network",
+        description="Prune the small packaged language model at 50 %%, 70 %% and 2:4 by magnitude, by the layer-wise "
+        "method and by K-FAC, and write a table and a picture. Takes about a minute on two cores.",
+    )
+    demo.add_argument(
+        "--out", default="kfac-prune-demo", help="folder for table, picture and model; default: %(default)s"
+    )
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _field(name: str) -> dataclasses.Field[Any]:
+    return next(f for f in dataclasses.fields(Recipe) if f.name == name)
+
+
+def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], *, required: bool = False) -> None:
+    """Add the option of a recipe field; without it the namespace stays without the name (recipe or default rule)."""
+    flag = "--" + field.name.replace("_", "-")
+    text = field.metadata["help"].replace("%", "%%")
+    kind = str(field.type).replace(" | None", "")
+    if kind == "bool":
+        parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=f"{text}; default: off")
+        return
+    if field.default not in ("", (), None):
+        text += f"; default: {field.default}"
+    extra: dict[str, Any] = {"choices": field.metadata["choices"]} if field.metadata["choices"] else {}
+    if kind.startswith("tuple"):
+        extra = {"action": "append", "metavar": "PATTERN"}
+    elif kind in ("int", "float"):
+        extra |= {"type": {"int": int, "float": float}[kind], "metavar": "N" if kind == "int" else "X"}
+    parser.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, required=required, help=text, **extra)
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The recipe fields that were given on the command line, in their own types."""
+    names = {f.name for f in dataclasses.fields(Recipe)}
+    given: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in vars(arguments).items() if k in names
+    }
+    if "separator" in given:
+        given["separator"] = given["separator"].replace(r"\n", "\n").replace(r"\t", "\t")
+    return given
+
+
+def _quiet() -> bool:
+    """Progress bars only on a terminal; no chatter from transformers anywhere."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return not sys.stderr.isatty()
+
+
+def _echo(text: str) -> None:
+    print(text, flush=True)
+
+
+def _prune(arguments: argparse.Namespace) -> None:
+    fields = read_recipe(arguments.recipe) if arguments.recipe else {}
+    recipe = Recipe(**{**fields, **_given(arguments)})
+    from kfac_prune.pipeline import run
+
+    run(recipe, echo=_echo, quiet=_quiet())
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    given = _given(arguments)
+    recipe = Recipe(**{**given, "out": "unused"})  # checks types and ranges
+    from kfac_prune.pipeline import measure
+
+    _echo(measure(recipe, dense_source=arguments.dense, quiet=_quiet()))
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    given = _given(arguments)
+    from kfac_prune.inspect_model import describe
+
+    _quiet()
+    _echo(describe(given["model"], given.get("include", ()), given.get("ignore", ()),
+                   trust_remote_code=given.get("trust_remote_code", False)))  # fmt: skip
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from kfac_prune.demo import run_demo
+
+    run_demo(arguments.out, echo=_echo, quiet=_quiet())

@@ -1,0 +1,193 @@
+"""The recipe of a run: every choice a user can make, validated, as a dataclass and as YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kfac_prune.errors import InputError
+
+METHODS = ("kfac", "layerwise", "obd", "magnitude")
+#: What each method can allocate by. Only G ⊗ A puts the losses of different layers into one unit.
+ALLOCATIONS = {
+    "kfac": ("curves", "uniform", "global"),
+    "layerwise": ("uniform",),
+    "obd": ("uniform", "global"),
+    "magnitude": ("uniform", "global"),
+}
+
+
+def parse_pattern(text: str) -> tuple[int, int] | None:
+    """``"2:4"`` → (2, 4); ``"unstructured"`` → None.
+
+    Raises:
+        InputError: anything else, or an n:m that is not 1 <= n < m <= 64.
+    """
+    if text == "unstructured":
+        return None
+    match = re.fullmatch(r"([0-9]{1,3}):([0-9]{1,3})", text)
+    if match is None:
+        raise InputError(f"pattern {text!r} is neither 'unstructured' nor of the form n:m, such as 2:4")
+    n, m = int(match[1]), int(match[2])
+    if not 1 <= n < m <= 64:
+        raise InputError(f"pattern {text} would keep {n} of every {m} weights; needs 1 <= n < m <= 64")
+    return n, m
+
+
+def _option(default: Any, text: str, *, choices: tuple[str, ...] = (), short: str = "") -> Any:
+    """A field that is also a command-line option: its default, its help and its choices."""
+    return field(default=default, metadata={"help": text, "choices": choices, "short": short})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines a run of ``kfac-prune prune``; field names are the option names.
+
+    Raises:
+        InputError: from the constructor, naming the field, the value and the remedy.
+    """
+
+    model: str = _option("", "model to prune: a local folder in Hugging Face format, or a hub id")
+    data: str = _option(
+        "", "calibration text: a .txt, .jsonl or .json file, a folder of them, or a hub data set name[:config]"
+    )
+    out: str = _option("", "folder for the pruned model")
+    eval_data: str | None = _option(
+        None, "held-out text to measure on, same forms as --data; default: the last tenth of --data, not calibrated on"
+    )
+    separator: str | None = _option(
+        None, r"what stands between two documents of a text file, e.g. '\n\n'; default: a text file is one running text"
+    )
+    text_field: str = _option("text", "field of a JSON object or data set row that holds the text")
+    samples: int = _option(128, "calibration windows")
+    eval_samples: int = _option(64, "held-out windows to measure on")
+    seqlen: int = _option(256, "tokens per window, at most the model's context length")
+    batch_size: int = _option(4, "windows per forward pass")
+    sparsity: float | None = _option(
+        None, "fraction of the prunable weights to remove, in [0, 1); default: 0.5, or what an n:m pattern implies"
+    )
+    pattern: str = _option(
+        "unstructured", "'unstructured', or n:m = keep n of every m consecutive weights in a row, e.g. 2:4"
+    )
+    method: str = _option(
+        "kfac",
+        "curvature: kfac = G x A (Optimal Brain Surgeon), layerwise = I x A, obd = its diagonal, magnitude = I",
+        choices=METHODS,
+    )
+    allocation: str | None = _option(
+        None,
+        "sparsity per layer: curves = least predicted loss, uniform = the same everywhere, global = one saliency "
+        "threshold; default: curves for kfac and unstructured, else uniform",
+        choices=("curves", "uniform", "global"),
+    )
+    include: tuple[str, ...] = _option(
+        (), "only prune layers whose name matches this shell pattern (repeatable); default: all"
+    )
+    ignore: tuple[str, ...] = _option(
+        (), "leave layers dense whose name matches this shell pattern (repeatable); default: none"
+    )
+    damping: float = _option(0.03, "added to each curvature factor, as a fraction of its mean diagonal, in (0, 1]")
+    fisher: str = _option(
+        "sampled",
+        "labels of the Fisher: sampled from the model (true Fisher), or the text's own (empirical)",
+        choices=("sampled", "empirical"),
+    )
+    seed: int = _option(0, "of window positions and sampled labels; the same seed gives the same bytes")
+    device: str = _option("auto", "torch device: cpu, cuda, cuda:1, ...; auto = cuda if there is one")
+    dtype: str = _option(
+        "auto", "to load the model in; auto = the checkpoint's", choices=("auto", "float32", "bfloat16", "float16")
+    )
+    overwrite: bool = _option(False, "replace --out if it exists")
+    trust_remote_code: bool = _option(False, "run model code that comes with the checkpoint")
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            _check_type(f, getattr(self, f.name))
+        for name in ("model", "data", "out"):
+            if not getattr(self, name).strip():
+                raise InputError(f"{name} is empty; say which {'folder' if name == 'out' else name} to use")
+        for name, least in (("samples", 1), ("eval_samples", 1), ("seqlen", 2), ("batch_size", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise InputError(f"sparsity is {self.sparsity}; it must be at least 0 and below 1")
+        if not 0 < self.damping <= 1:
+            raise InputError(f"damping is {self.damping}; it must be above 0 and at most 1")
+        groups = parse_pattern(self.pattern)
+        if groups and self.sparsity is not None and abs(self.sparsity - (1 - groups[0] / groups[1])) > 1e-6:
+            raise InputError(
+                f"pattern {self.pattern} removes {1 - groups[0] / groups[1]:.4g} of the weights, but sparsity is "
+                f"{self.sparsity}; leave sparsity out"
+            )
+        if self.allocation is not None:
+            if self.allocation not in ALLOCATIONS[self.method]:
+                raise InputError(
+                    f"allocation {self.allocation} needs losses that compare across layers, which method {self.method} "
+                    f"does not give; use {' or '.join(ALLOCATIONS[self.method])}"
+                )
+            if groups and self.allocation != "uniform":
+                raise InputError(f"pattern {self.pattern} fixes every layer's sparsity; allocation can only be uniform")
+
+    def resolved(self) -> Recipe:
+        """The same recipe with sparsity and allocation filled in."""
+        groups = parse_pattern(self.pattern)
+        if groups:
+            return dataclasses.replace(self, sparsity=1 - groups[0] / groups[1], allocation="uniform")
+        return dataclasses.replace(
+            self,
+            sparsity=0.5 if self.sparsity is None else self.sparsity,
+            allocation=self.allocation or ALLOCATIONS[self.method][0],
+        )
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, one field per line."""
+        fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+
+
+def read_recipe(path: str) -> dict[str, Any]:
+    """The fields that a YAML recipe sets.
+
+    Raises:
+        InputError: the file cannot be read, is not a mapping, or has an unknown field.
+    """
+    try:
+        fields = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the recipe {path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"the recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(fields, dict):
+        raise InputError(f"the recipe {path} must be a mapping of fields such as 'sparsity: 0.5'")
+    known = [f.name for f in dataclasses.fields(Recipe)]
+    for name in fields:
+        if name not in known:
+            raise InputError(f"the recipe {path} has an unknown field {name!r}; the fields are {', '.join(known)}")
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+
+
+def _check_type(f: dataclasses.Field[Any], value: Any) -> None:
+    """The value fits the field's annotation and choices (YAML can bring anything)."""
+    optional = f.default is None
+    wanted = str(f.type).replace(" | None", "")
+    if value is None and optional:
+        return
+    fits = {
+        "str": isinstance(value, str),
+        "bool": isinstance(value, bool),
+        "int": isinstance(value, int) and not isinstance(value, bool),
+        "float": isinstance(value, int | float) and not isinstance(value, bool),
+        "tuple[str, ...]": isinstance(value, tuple) and all(isinstance(v, str) for v in value),
+    }[wanted]
+    if not fits:
+        kind = "list of texts" if wanted.startswith("tuple") else {"str": "text"}.get(wanted, wanted)
+        raise InputError(f"{f.name} is {value!r}; it must be of type {kind}")
+    choices = f.metadata["choices"]
+    if choices and value not in choices:
+        raise InputError(f"{f.name} is {value!r}; choose one of {', '.join(choices)}")
+    assert f.default is not MISSING

@@ -1,0 +1,139 @@
+"""Hooks that accumulate, for every layer, the covariances of its inputs and of its output gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from kfac_prune.errors import InputError
+from kfac_prune.models import Layer
+
+
+@dataclass
+class InputMoments:
+    """Sums over tokens of what enters one or more layers.
+
+    Attributes:
+        second: Σ a aᵀ [in, in], float32.
+        first: Σ a [in], float32.
+        tokens: number of summands.
+    """
+
+    second: Tensor
+    first: Tensor
+    tokens: int = 0
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows [tokens, in] of any dtype."""
+        rows = rows.float()
+        self.second.addmm_(rows.T, rows)
+        self.first += rows.sum(0)
+        self.tokens += rows.shape[0]
+
+
+@dataclass
+class GradientMoments:
+    """Sums over tokens of the gradients at one layer's output.
+
+    Attributes:
+        second: Σ g gᵀ [out, out], float32.
+        tokens: number of summands.
+    """
+
+    second: Tensor
+    tokens: int = 0
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows [tokens, out] of any dtype."""
+        rows = rows.float()
+        self.second.addmm_(rows.T, rows)
+        self.tokens += rows.shape[0]
+
+
+@dataclass
+class FactorCapture:
+    """Accumulates factors while hooks are in place (use as ``with FactorCapture(layers).hooked() as capture``).
+
+    Layers that read the very same tensor one after the other (q/k/v, gate/up) share one ``InputMoments``.
+    Before each forward pass ``token_mask`` says which positions count.
+
+    Attributes:
+        layers: to observe.
+        inputs: per layer name.
+        gradients: per layer name.
+        token_mask: [B, T] bool, True = counts, or None = all count.
+    """
+
+    layers: Sequence[Layer]
+    inputs: dict[str, InputMoments] = field(default_factory=dict)
+    gradients: dict[str, GradientMoments] = field(default_factory=dict)
+    token_mask: Tensor | None = None
+    _last: tuple[str, Tensor] | None = None
+    _reads_with: dict[str, str] = field(default_factory=dict)  # layer -> the layer whose InputMoments it shares
+
+    @contextmanager
+    def hooked(self) -> Iterator[FactorCapture]:
+        """Hooks are removed at the end of the block, whatever happens."""
+        handles: list[RemovableHandle] = []
+        try:
+            for layer in self.layers:
+                handles += self._hook(layer)
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._last = None
+
+    def _hook(self, layer: Layer) -> list[RemovableHandle]:
+        name = layer.name
+
+        def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self._see_input(name, args[0])
+
+        def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if not output.requires_grad:
+                raise RuntimeError(f"layer {name}: no gradient flows to its output; the model detaches its activations")
+            output.register_hook(lambda gradient: self._see_gradient(name, gradient))
+
+        return [layer.module.register_forward_pre_hook(before), layer.module.register_forward_hook(after)]
+
+    def _see_input(self, name: str, x: Tensor) -> None:
+        owner = self._last[0] if self._last is not None and self._last[1] is x else None
+        if name not in self.inputs:
+            if owner is not None:
+                self._reads_with[name] = owner
+                self.inputs[name] = self.inputs[owner]
+            else:
+                zeros = torch.zeros(x.shape[-1] + 1, x.shape[-1], dtype=torch.float32, device=x.device)
+                self.inputs[name] = InputMoments(second=zeros[1:], first=zeros[0])
+        if name in self._reads_with:
+            if owner != self._reads_with[name]:
+                raise RuntimeError(f"layer {name} read the same tensor as {self._reads_with[name]}, and now another")
+            return  # the owner has added these rows
+        self._last = (name, x)
+        with torch.no_grad():
+            self.inputs[name].add(self._rows(name, x))
+
+    def _see_gradient(self, name: str, gradient: Tensor) -> None:
+        if name not in self.gradients:
+            size = gradient.shape[-1]
+            zeros = torch.zeros(size, size, dtype=torch.float32, device=gradient.device)
+            self.gradients[name] = GradientMoments(zeros)
+        self.gradients[name].add(self._rows(name, gradient.detach()))
+
+    def _rows(self, name: str, x: Tensor) -> Tensor:
+        """The rows [tokens, features] of the positions that count."""
+        rows = x.detach().reshape(-1, x.shape[-1])
+        if self.token_mask is None:
+            return rows
+        if rows.shape[0] != self.token_mask.numel():
+            raise InputError(
+                f"layer {name} sees {rows.shape[0]} rows where the batch has {self.token_mask.numel()} positions, so "
+                "padding cannot be told apart; use windows without padding, or leave the layer out with --ignore"
+            )
+        return rows[self.token_mask.reshape(-1).to(rows.device)]

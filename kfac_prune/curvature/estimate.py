@@ -1,0 +1,198 @@
+"""Kronecker factors of a model's Fisher on calibration windows, and the operators that they give."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from kfac_prune.curvature.capture import FactorCapture
+from kfac_prune.curvature.fisher import FisherType, logit_gradient, next_token_labels, sample_labels
+from kfac_prune.data import Windows
+from kfac_prune.errors import InputError
+from kfac_prune.models import Layer
+from kfac_prune.operators import Curvature, Damping, DampingRecord, Diagonal, Kronecker, ScaledIdentity
+
+#: The hierarchy: H = I, H diagonal, H = I ⊗ A, H = G ⊗ A.
+Method = Literal["magnitude", "obd", "layerwise", "kfac"]
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """The second moments of one layer, means over tokens (DESIGN §1).
+
+    Attributes:
+        a: E[a aᵀ] [in, in] of its inputs.
+        mean: E[a] [in].
+        g: E[g gᵀ] [out, out] of the gradients, at its outputs, of the loss summed over the sequence.
+        tokens: number of tokens averaged over.
+        has_bias: the layer has a bias, which compensates too and is never pruned.
+    """
+
+    a: Tensor
+    mean: Tensor
+    g: Tensor
+    tokens: int
+    has_bias: bool
+
+    def operator(
+        self, method: Method, damping: Damping, *, where: str, dtype: torch.dtype = torch.float32
+    ) -> tuple[Curvature, list[DampingRecord]]:
+        """The layer's curvature in one of the approximations.
+
+        A bias is eliminated exactly: for any G, minimising over it leaves the quadratic with A replaced by the
+        covariance about the mean, ``A − E[a]E[a]ᵀ`` (the Schur complement of the augmented A).
+
+        Args:
+            method: which approximation.
+            damping: of A and G (Kronecker forms only).
+            where: the layer's name, for messages.
+            dtype: of the operator.
+
+        Returns:
+            The operator and what damping was used.
+        """
+        shape = (self.g.shape[0], self.a.shape[0])
+        if method == "magnitude":
+            return ScaledIdentity(torch.ones((), dtype=dtype, device=self.a.device), shape), []
+        if method == "obd":
+            floor = torch.finfo(dtype).tiny
+            h = torch.outer(self.g.diagonal(), self.a.diagonal()).to(dtype).clamp_min(floor)
+            return Diagonal(h), []
+        a = self.a - torch.outer(self.mean, self.mean) if self.has_bias else self.a
+        a, record_a = damping(a.to(dtype), name="A", where=where)
+        if method == "layerwise":
+            return Kronecker(a, None, out_features=shape[0]), [record_a]
+        g, record_g = damping(self.g.to(dtype), name="G", where=where)
+        return Kronecker(a, g), [record_a, record_g]
+
+    def bias_update(self, change: Tensor) -> Tensor:
+        """The bias change [out] that is optimal for a weight change D [out, in]: ``−D E[a]``."""
+        return -change @ self.mean.to(change.dtype)
+
+    def bias_loss(self, change: Tensor, shift: Tensor) -> float:
+        """What is lost, beyond the operator's quadratic, by another bias change than ``bias_update``'s.
+
+        ``½ eᵀ G e`` with e = D E[a] + shift, the change of the mean output; zero for layers without bias, whose
+        operator holds the uncentred A.
+
+        Args:
+            change: D [out, in].
+            shift: of the bias, [out].
+        """
+        if not self.has_bias:
+            return 0.0
+        error = shift - self.bias_update(change)
+        return 0.5 * float(error @ self.g.to(error.dtype) @ error)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The factors of all layers, and where they come from.
+
+    Attributes:
+        layers: per layer name.
+        tokens: calibration tokens that were seen.
+        data_sha256: content hash of the calibration windows.
+    """
+
+    layers: dict[str, LayerFactors]
+    tokens: int
+    data_sha256: str
+
+
+def estimate_factors(
+    model: PreTrainedModel,
+    layers: Sequence[Layer],
+    windows: Windows,
+    *,
+    fisher: FisherType = "sampled",
+    seed: int = 0,
+    batch_size: int = 4,
+    quiet: bool = True,
+) -> Factors:
+    """Estimate A and G of every layer with one forward and one backward pass over the windows.
+
+    The Fisher is the true one by default: labels are sampled (with replacement) from the model's own predictions at
+    every position, so that it is the Hessian of KL(dense‖pruned) at the dense model (Martens & Grosse 2015; Kunstner
+    et al. 2019 on why not the data's labels). Gradients are those of the loss summed over a sequence. No parameter
+    gradient is stored.
+
+    Args:
+        model: a causal language model; its training mode and ``requires_grad`` flags are as before afterwards.
+        layers: whose factors are wanted.
+        windows: calibration tokens [N, T].
+        fisher: "sampled" labels, or the "empirical" Fisher with the data's next tokens.
+        seed: of the sampled labels; the labels do not depend on how the windows are batched.
+        batch_size: windows per pass.
+        quiet: show no progress bar.
+
+    Raises:
+        InputError: a layer never took part, or its statistics are not finite.
+    """
+    uniforms = torch.rand(windows.input_ids.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    capture = FactorCapture(layers)
+    device = model.device
+    with _frozen(model), capture.hooked(), tqdm(total=len(windows), desc="curvature", unit="seq", disable=quiet) as bar:
+        for batch in windows.batches(batch_size):
+            ids = batch.input_ids.to(device)
+            mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
+            capture.token_mask = mask
+            with torch.enable_grad():
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            if fisher == "sampled":
+                labels, counts = sample_labels(logits, uniforms[batch.index]), mask
+            else:
+                labels, counts = next_token_labels(ids, mask)
+            logits.backward(logit_gradient(logits, labels, counts))
+            bar.update(len(ids))
+    return Factors(
+        {layer.name: _finish(layer, capture) for layer in layers}, tokens=windows.tokens, data_sha256=windows.sha256()
+    )
+
+
+def _finish(layer: Layer, capture: FactorCapture) -> LayerFactors:
+    """Sums to means, with the checks that name the layer."""
+    name = layer.name
+    if name not in capture.inputs or name not in capture.gradients:
+        raise InputError(f"layer {name} took no part in the forward pass; leave it out with --ignore '{name}'")
+    inputs, gradients = capture.inputs[name], capture.gradients[name]
+    for label, total in (("inputs", inputs.second), ("output gradients", gradients.second)):
+        if not torch.isfinite(total).all():
+            raise InputError(
+                f"layer {name}: its {label} hold NaN or infinity on the calibration text; "
+                "try --dtype float32 or bfloat16, or other text"
+            )
+    return LayerFactors(
+        a=inputs.second / inputs.tokens,
+        mean=inputs.first / inputs.tokens,
+        g=gradients.second / gradients.tokens,
+        tokens=gradients.tokens,
+        has_bias=layer.bias is not None,
+    )
+
+
+class _frozen:
+    """Evaluation mode, no parameter gradients, and input embeddings whose output starts the autograd graph."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._training = model.training
+        self._flags = [p.requires_grad for p in model.parameters()]
+
+    def __enter__(self) -> None:
+        self._model.eval().requires_grad_(False)
+        self._handle = self._model.get_input_embeddings().register_forward_hook(
+            lambda module, args, output: output.requires_grad_(True)
+        )
+
+    def __exit__(self, *exception: object) -> None:
+        self._handle.remove()
+        self._model.train(self._training)
+        for parameter, flag in zip(self._model.parameters(), self._flags, strict=True):
+            parameter.requires_grad_(flag)

@@ -1,0 +1,43 @@
+"""Saving a pruned model as a plain Hugging Face checkpoint, and proving that it loads as what was saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Write configuration, safetensors shards with exact zeros, and tokenizer.
+
+    No sparsity or quantisation entry is added to the configuration: servers refuse or misread them.
+    """
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def verify_saved(model: PreTrainedModel, folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Reload a checkpoint and compare it with the model: every tensor bit for bit, and the ties between them.
+
+    Raises:
+        RuntimeError: it differs; names the tensor.
+    """
+    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, trust_remote_code=trust_remote_code)
+    here, there = model.state_dict(), reloaded.state_dict()
+    if here.keys() != there.keys():
+        raise RuntimeError(f"the saved model in {folder} has other tensors: {sorted(here.keys() ^ there.keys())[:5]}")
+    for name, tensor in here.items():
+        if not torch.equal(tensor.cpu(), there[name].cpu()):
+            raise RuntimeError(f"the saved model in {folder} differs in {name} after reloading")
+    if _tied_pairs(model) != _tied_pairs(reloaded):
+        raise RuntimeError(f"the saved model in {folder} has lost a tie between input and output embeddings")
+
+
+def _tied_pairs(model: PreTrainedModel) -> set[frozenset[str]]:
+    """Groups of parameter names that share storage."""
+    groups: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(parameter.data_ptr(), set()).add(name)
+    return {frozenset(names) for names in groups.values() if len(names) > 1}

@@ -1,0 +1,50 @@
+"""What can be pruned in a model, told from its configuration without loading a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM
+
+from kfac_prune.models import load_config, prunable_layers
+
+
+def describe(
+    source: str, include: Sequence[str] = (), ignore: Sequence[str] = (), *, trust_remote_code: bool = False
+) -> str:
+    """A table of the layers that would be pruned, their share of the parameters, and what is left out and why.
+
+    Args:
+        source: local folder or hub id.
+        include: patterns, as ``prunable_layers``.
+        ignore: patterns, as ``prunable_layers``.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        InputError: not a causal language model, or a pattern that matches nothing.
+    """
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    layers = prunable_layers(model, include, ignore)
+    width = max(len(layer.name) for layer in layers)
+    lines = [f"{'layer':{width}}  {'out x in':>13}  {'weights':>12}  bias  {'2:4 fits':>8}"]
+    for layer in layers:
+        out_features, in_features = layer.shape
+        lines.append(
+            f"{layer.name:{width}}  {f'{out_features} x {in_features}':>13}  {out_features * in_features:>12,}  "
+            f"{'yes' if layer.bias is not None else 'no':4}  {'yes' if in_features % 4 == 0 else 'no':>8}"
+        )
+    covered = sum(layer.weight.numel() for layer in layers)
+    total = model.num_parameters()
+    names = {f"{layer.name}.weight" for layer in layers}
+    rest = [(name, p) for name, p in model.named_parameters() if name not in names]
+    matrices = [f"{name} {list(p.shape)}" for name, p in rest if p.ndim > 1]
+    lines += [
+        f"{len(layers)} layers hold {covered:,} of {total:,} parameters ({covered / total:.1%})",
+        f"not pruned: {', '.join(matrices) or 'no matrix'}; and {sum(p.ndim <= 1 for _, p in rest)} vectors "
+        "(norms, biases). Embeddings and the head are never pruned.",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,29 @@
+"""Small pieces of dense linear algebra that several curvatures share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def shifted(matrix: Tensor, shift: float | Tensor) -> Tensor:
+    """``M + shift·I`` as a new matrix [n, n]."""
+    result = matrix.clone()
+    result.diagonal().add_(shift)
+    return result
+
+
+def inverse_from_cholesky(matrix: Tensor) -> Tensor:
+    """``M⁻¹`` [n, n] of a symmetric positive definite matrix, factorised in float64, returned in M's dtype.
+
+    Raises:
+        torch.linalg.LinAlgError: M is not positive definite.
+    """
+    factor = torch.linalg.cholesky(matrix.double())
+    return torch.cholesky_inverse(factor).to(matrix.dtype)
+
+
+def kth_largest(values: Tensor, k: int) -> Tensor:
+    """The k-th largest entry (1 <= k <= numel) of a tensor, as a scalar tensor."""
+    flat = values.reshape(-1)
+    return torch.kthvalue(flat, flat.numel() - k + 1).values

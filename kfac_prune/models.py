@@ -1,0 +1,230 @@
+"""Models from disk or hub, and the weight matrices in them that can be pruned."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
+
+from kfac_prune.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module with one weight matrix, seen as ``W: [out, in]`` whatever the module's own layout.
+
+    Attributes:
+        name: in the model, e.g. ``model.layers.0.mlp.down_proj``.
+        module: nn.Linear, or GPT-2's Conv1D, whose weight is stored [in, out].
+    """
+
+    name: str
+    module: nn.Module
+
+    @property
+    def _parameter(self) -> nn.Parameter:
+        parameter = self.module.weight
+        assert isinstance(parameter, nn.Parameter)
+        return parameter
+
+    @property
+    def weight(self) -> Tensor:
+        """W [out, in], a view of the parameter, without gradient."""
+        stored = self._parameter.detach()
+        return stored.T if isinstance(self.module, Conv1D) else stored
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[out], a view of the parameter, or None."""
+        bias = self.module.bias
+        return bias.detach() if isinstance(bias, Tensor) else None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.weight.shape[0], self.weight.shape[1]
+
+    def assign(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Replace W [out, in] (and the bias [out]) by new tensors in the parameter's dtype and on its device.
+
+        The old tensors are not written to: whoever holds them (``dense_weights``) keeps the dense values.
+        """
+        stored = weight.T if isinstance(self.module, Conv1D) else weight
+        _replace(self._parameter, stored)
+        if bias is not None:
+            assert isinstance(self.module.bias, nn.Parameter)
+            _replace(self.module.bias, bias)
+
+
+def _replace(parameter: nn.Parameter, value: Tensor) -> None:
+    parameter.data = value.to(dtype=parameter.dtype, device=parameter.device, copy=True).contiguous()
+
+
+class WeightSwap:
+    """Holds the present weights of some layers, so that they can be put back for a moment or for good.
+
+    Costs no copy: ``Layer.assign`` never writes into a tensor that is held here.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._parameters = [p for layer in layers for p in (layer._parameter, layer.module.bias) if p is not None]
+        self._held = [p.data for p in self._parameters]
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Within the block the model has the held weights."""
+        present = [p.data for p in self._parameters]
+        try:
+            self.restore()
+            yield
+        finally:
+            for parameter, value in zip(self._parameters, present, strict=True):
+                parameter.data = value
+
+    def restore(self) -> None:
+        """Put the held weights back for good."""
+        for parameter, value in zip(self._parameters, self._held, strict=True):
+            parameter.data = value
+
+
+def prunable_layers(model: PreTrainedModel, include: Sequence[str] = (), ignore: Sequence[str] = ()) -> list[Layer]:
+    """Every linear layer of the model but its head, filtered by shell patterns on the names.
+
+    Args:
+        model: a transformers model.
+        include: patterns such as ``*.mlp.*``; empty means all.
+        ignore: patterns of layers to leave dense.
+
+    Raises:
+        InputError: a pattern matches no layer, or none is left.
+    """
+    head = model.get_output_embeddings()
+    embedded = model.get_input_embeddings()
+    tied = {id(m.weight) for m in (head, embedded) if m is not None and hasattr(m, "weight")}
+    layers: list[Layer] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and id(module.weight) not in tied:
+            layers.append(Layer(name, module))
+            tied.add(id(module.weight))  # a matrix that two modules share is one matrix
+    for pattern in (*include, *ignore):
+        if not any(fnmatch.fnmatchcase(layer.name, pattern) for layer in layers):
+            raise InputError(
+                f"the layer pattern {pattern!r} matches none of the {len(layers)} linear layers "
+                f"(the first is {layers[0].name!r}); `kfac-prune inspect` lists them"
+                if layers
+                else f"the layer pattern {pattern!r} matches nothing: {type(model).__name__} has no linear layer"
+            )
+    kept = [
+        layer
+        for layer in layers
+        if (not include or any(fnmatch.fnmatchcase(layer.name, p) for p in include))
+        and not any(fnmatch.fnmatchcase(layer.name, p) for p in ignore)
+    ]
+    if not kept:
+        raise InputError(f"no layer of {type(model).__name__} is left to prune after --include and --ignore")
+    return kept
+
+
+def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
+    """The model's configuration, checked to be that of a causal language model that can be pruned.
+
+    Raises:
+        InputError: no such folder or hub id, no causal language model, or a quantised checkpoint.
+    """
+    folder = Path(source).expanduser()
+    if folder.exists():
+        if not folder.is_dir() or not (folder / "config.json").is_file():
+            raise InputError(f"{source} is not a model folder: it holds no config.json")
+        try:
+            json.loads((folder / "config.json").read_text())
+        except (ValueError, OSError) as error:
+            raise InputError(f"{source}/config.json cannot be read: {error}") from error
+    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise InputError(f"there is no model folder {source}")
+    try:
+        config = AutoConfig.from_pretrained(
+            str(folder) if folder.exists() else source, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{source} is neither a local model folder nor a hub model that can be read: {reason}"
+        ) from error
+    if getattr(config, "quantization_config", None):
+        raise InputError(f"{source} is a quantised checkpoint; prune the full-precision model, then quantise that")
+    architectures = config.architectures or []
+    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in (
+        getattr(config, "auto_map", None) or {}
+    )
+    if not known or (architectures and not any("CausalLM" in a or "LMHead" in a for a in architectures)):
+        raise InputError(
+            f"{source} is not a causal language model (type {config.model_type}, architectures {architectures}); "
+            "its text loss is not defined"
+        )
+    return config
+
+
+def load_model(
+    source: str, *, dtype: str | None = None, device: str = "cpu", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a causal language model for pruning: evaluation mode, finite weights.
+
+    Args:
+        source: local folder or hub id.
+        dtype: "float32", "bfloat16" or "float16"; None keeps the checkpoint's.
+        device: of torch.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        InputError: as ``load_config``, or weights that are missing, broken, NaN or infinite.
+    """
+    load_config(source, trust_remote_code=trust_remote_code)
+    folder = Path(source).expanduser()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder) if folder.exists() else source,
+            dtype=DTYPES[dtype] if dtype else "auto",
+            trust_remote_code=trust_remote_code,
+        )
+    except Exception as error:  # safetensors, torch and the hub raise unrelated types for broken files
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"the weights of {source} cannot be loaded: {reason}") from error
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InputError(f"{source}: weight {name} holds NaN or infinity; the checkpoint is broken")
+    model.to(device)  # type: ignore[arg-type]  # the stubs confuse the overloads
+    return cast(PreTrainedModel, model.eval())
+
+
+def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        InputError: the folder or hub id has none.
+    """
+    folder = Path(source).expanduser()
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(folder) if folder.exists() else source, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{source} has no usable tokenizer: {reason}") from error
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """The longest sequence that the model's positions allow, or None if its configuration states none."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if isinstance(limit, int) and limit > 0 else None

@@ -1,0 +1,90 @@
+"""Sparsity patterns: which sets of weights may be kept. Everything else sees a pattern only through ``project``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from kfac_prune.linalg import kth_largest
+
+
+class Pattern(ABC):
+    """The feasible masks of one layer."""
+
+    @abstractmethod
+    def project(self, scores: Tensor) -> Tensor:
+        """The feasible mask [out, in] (True = kept) with the largest sum of scores.
+
+        Args:
+            scores: [out, in], non-negative: what keeping each weight is worth.
+        """
+
+
+@dataclass(frozen=True)
+class Unstructured(Pattern):
+    """Any ``numel − round(sparsity · numel)`` weights of the layer.
+
+    Attributes:
+        sparsity: fraction of weights removed, in [0, 1).
+    """
+
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity is {self.sparsity}; it must be at least 0 and below 1")
+
+    def project(self, scores: Tensor) -> Tensor:
+        """The largest scores; ties go to the earlier position, so that the count is exact."""
+        keep = max(scores.numel() - round(self.sparsity * scores.numel()), 1)
+        threshold = kth_largest(scores, keep)
+        mask = scores > threshold
+        missing = keep - int(mask.sum())
+        ties = (scores == threshold).reshape(-1).nonzero().squeeze(-1)[:missing]
+        rows, columns = torch.unravel_index(ties, mask.shape)
+        mask[rows, columns] = True
+        return mask
+
+
+@dataclass(frozen=True)
+class NM(Pattern):
+    """At most n weights kept in every group of m consecutive inputs of a row ("n:m", e.g. 2:4).
+
+    A last group of fewer than m inputs is treated as if zero columns completed it: it too keeps at most n.
+
+    Attributes:
+        n: weights kept per group, 1 <= n < m.
+        m: inputs per group.
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n < self.m:
+            raise ValueError(f"pattern {self.n}:{self.m} keeps {self.n} of every {self.m}; needs 1 <= n < m")
+
+    @property
+    def sparsity(self) -> Fraction:
+        """Fraction of weights removed where the width is a multiple of m."""
+        return Fraction(self.m - self.n, self.m)
+
+    def project(self, scores: Tensor) -> Tensor:
+        """The n largest scores of every group; ties go to one of the equal positions."""
+        width = scores.shape[1]
+        padding = -width % self.m
+        padded = torch.nn.functional.pad(scores, (0, padding), value=-1.0) if padding else scores
+        groups = rearrange(padded, "o (g m) -> o g m", m=self.m)
+        kept = torch.zeros_like(groups, dtype=torch.bool)
+        kept.scatter_(-1, groups.topk(self.n, dim=-1, sorted=False).indices, True)
+        return rearrange(kept, "o g m -> o (g m)")[:, :width]
+
+    def is_valid(self, mask: Tensor) -> bool:
+        """Whether a mask [out, in] keeps at most n of every m."""
+        padded = torch.nn.functional.pad(mask, (0, -mask.shape[1] % self.m))
+        return bool((rearrange(padded, "o (g m) -> o g m", m=self.m).sum(-1) <= self.n).all())

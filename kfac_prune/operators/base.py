@@ -1,0 +1,58 @@
+"""What every curvature can do: the protocol that selection, compensation and allocation are written against."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+from torch import Tensor
+
+
+class Curvature(ABC):
+    """A symmetric positive definite operator H on the weight matrix of one layer.
+
+    A weight matrix is ``W: [out, in]`` and ``vec`` stacks its rows, so H is ``[out*in, out*in]``. In every class
+    ``½⟨D, H D⟩`` is the predicted cost of the change D; with the Kronecker-factored Fisher its unit is nats per token.
+    """
+
+    #: H is diagonal: taking the smallest saliencies is the exact optimum, and there is nothing to compensate.
+    separable: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight matrix."""
+
+    @abstractmethod
+    def apply(self, x: Tensor) -> Tensor:
+        """``H X`` for X: [out, in]."""
+
+    @abstractmethod
+    def diagonal(self) -> Tensor:
+        """``H_qq`` for every weight q: [out, in]."""
+
+    @abstractmethod
+    def inverse_diagonal(self) -> Tensor:
+        """``[H⁻¹]_qq`` for every weight q: [out, in]."""
+
+    @abstractmethod
+    def equilibrated(self) -> tuple[Curvature, Tensor]:
+        """``(S⁻¹ H S⁻¹, scale)`` with S = diag(vec(scale)), scale: [out, in].
+
+        ``scale_q ∝ (H_qq / [H⁻¹]_qq)^¼``, so that H and its inverse weigh every coordinate alike, and the constant
+        makes the mean of the new diagonal one. ``W * scale`` are the weights in the new coordinates.
+        """
+
+    @abstractmethod
+    def shifted_inverse(self, rho: float) -> Callable[[Tensor], Tensor]:
+        """Factor once and return ``R ↦ P`` with P ≈ (H + rho·I)⁻¹ R, itself symmetric positive definite."""
+
+    @abstractmethod
+    def to_dense(self) -> Tensor:
+        """H as a matrix [out*in, out*in]: the oracle of the tests, never used by library code."""
+
+
+def quadratic_loss(curvature: Curvature, change: Tensor) -> float:
+    """``½⟨D, H D⟩`` for D: [out, in]: the predicted increase of the loss (nats per token for the Fisher)."""
+    return 0.5 * float((change * curvature.apply(change)).sum())

@@ -1,0 +1,99 @@
+"""The Kronecker-factored curvature ``H = G ⊗ A`` (K-FAC; Martens & Grosse 2015)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from kfac_prune.linalg import inverse_from_cholesky, shifted
+from kfac_prune.operators.base import Curvature
+
+
+class Kronecker(Curvature):
+    """``H = G ⊗ A``, so that ``H X = G X A``.
+
+    With A the covariance of a layer's inputs and G that of its output gradients this is the K-FAC Fisher; with
+    ``G = None`` (the identity) it is the layer-wise least-squares objective of OBC, SparseGPT and ALPS.
+
+    Args:
+        a: [in, in], symmetric positive definite.
+        g: [out, out], symmetric positive definite, or None for the identity.
+        out_features: number of rows of W, needed only when g is None.
+    """
+
+    def __init__(self, a: Tensor, g: Tensor | None, *, out_features: int | None = None) -> None:
+        rows = out_features if g is None else g.shape[0]
+        if rows is None:
+            raise ValueError("without G, out_features must say how many rows the weight matrix has")
+        for name, factor in (("A", a), ("G", g)):
+            if factor is not None and (factor.ndim != 2 or factor.shape[0] != factor.shape[1]):
+                raise ValueError(f"{name} must be a square matrix, not {list(factor.shape)}")
+        self.a, self.g, self._rows = a, g, rows
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight matrix."""
+        return self._rows, self.a.shape[0]
+
+    def apply(self, x: Tensor) -> Tensor:
+        """``G X A`` for X: [out, in]."""
+        x = x @ self.a
+        return x if self.g is None else self.g @ x
+
+    def _outer(self, out_vector: Tensor | None, in_vector: Tensor) -> Tensor:
+        """Outer product [out, in] of a vector over rows (None: ones) and one over columns."""
+        if out_vector is None:
+            return in_vector.expand(self.shape)
+        return torch.outer(out_vector, in_vector)
+
+    def diagonal(self) -> Tensor:
+        """``G_rr A_cc``: [out, in]."""
+        return self._outer(None if self.g is None else self.g.diagonal(), self.a.diagonal())
+
+    @cached_property
+    def _inverse_diagonals(self) -> tuple[Tensor | None, Tensor]:
+        """Diagonals of G⁻¹ [out] and A⁻¹ [in], by one Cholesky factorisation each."""
+        diagonals = [None if f is None else inverse_from_cholesky(f).diagonal().clone() for f in (self.g, self.a)]
+        assert diagonals[1] is not None
+        return diagonals[0], diagonals[1]
+
+    def inverse_diagonal(self) -> Tensor:
+        """``[G⁻¹]_rr [A⁻¹]_cc``: [out, in]."""
+        return self._outer(*self._inverse_diagonals)
+
+    def equilibrated(self) -> tuple[Kronecker, Tensor]:
+        """Both factors scaled to mean diagonal one by ``s = (diag F / diag F⁻¹)^¼``; scale = outer product."""
+        inverse_g, inverse_a = self._inverse_diagonals
+        a, scale_a = _equilibrate(self.a, inverse_a)
+        if self.g is None or inverse_g is None:
+            return Kronecker(a, None, out_features=self._rows), self._outer(None, scale_a)
+        g, scale_g = _equilibrate(self.g, inverse_g)
+        return Kronecker(a, g), self._outer(scale_g, scale_a)
+
+    def shifted_inverse(self, rho: float) -> Callable[[Tensor], Tensor]:
+        """``R ↦ (G + √rho I)⁻¹ R (A + √rho I)⁻¹`` (exact with G = I: ``R (A + rho I)⁻¹``).
+
+        The product of the shifted factors is not H + rho I, but an excellent preconditioner of it, and needs two
+        Cholesky factorisations instead of two eigendecompositions.
+        """
+        if self.g is None:
+            right = inverse_from_cholesky(shifted(self.a, rho))
+            return lambda r: r @ right
+        root = rho**0.5
+        left, right = (inverse_from_cholesky(shifted(f, root)) for f in (self.g, self.a))
+        return lambda r: left @ (r @ right)
+
+    def to_dense(self) -> Tensor:
+        """``kron(G, A)``."""
+        g = torch.eye(self._rows, dtype=self.a.dtype, device=self.a.device) if self.g is None else self.g
+        return torch.kron(g.contiguous(), self.a.contiguous())
+
+
+def _equilibrate(factor: Tensor, inverse_diagonal: Tensor) -> tuple[Tensor, Tensor]:
+    """``(F / (s sᵀ), s)`` with s = c·(diag F / diag F⁻¹)^¼ and c such that the new mean diagonal is one."""
+    scale = (factor.diagonal() / inverse_diagonal) ** 0.25
+    scale = scale * (factor.diagonal() / scale**2).mean().sqrt()
+    return factor / torch.outer(scale, scale), scale

@@ -1,0 +1,210 @@
+"""The stages of a run in order: text, factors, plan, pruned model, figures, checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kfac_prune.config import Recipe, parse_pattern
+from kfac_prune.curvature.estimate import estimate_factors
+from kfac_prune.data import Windows, consecutive_windows, read_documents, sample_windows, token_stream
+from kfac_prune.errors import InputError
+from kfac_prune.evaluate import evaluate
+from kfac_prune.export import save_model, verify_saved
+from kfac_prune.models import context_length, load_config, load_model, load_tokenizer, prunable_layers
+from kfac_prune.obs import NM
+from kfac_prune.operators import Damping
+from kfac_prune.plan import make_plan, prune
+from kfac_prune.report import Stages, model_card, result_record, summary
+from kfac_prune.store import check_output, new_folder
+
+logger = logging.getLogger("kfac_prune")
+
+#: Share of --data that is kept from calibration and measured on when no --eval-data is given.
+HELD_OUT = 0.1
+
+
+def run(recipe: Recipe, *, echo: Callable[[str], None] = logger.info, quiet: bool = True) -> dict[str, Any]:
+    """Prune a model as the recipe says and write the result to ``recipe.out``.
+
+    Args:
+        recipe: what to do.
+        echo: receives the lines meant for a person (stages, plan, figures).
+        quiet: show no progress bars.
+
+    Returns:
+        The content of kfac_prune.json.
+
+    Raises:
+        InputError: something about the input is wrong; nothing has been written.
+    """
+    recipe = replace(recipe.resolved(), device=resolve_device(recipe.device))
+    check_output(recipe.out, overwrite=recipe.overwrite)
+    load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    stages = Stages(echo)
+    with stages("load"):
+        tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
+        calibration, held_out = load_data(recipe, tokenizer)
+        model = load_model(
+            recipe.model,
+            dtype=None if recipe.dtype == "auto" else recipe.dtype,
+            device=recipe.device,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+        check_tokens(model, calibration, held_out)
+        layers = prunable_layers(model, recipe.include, recipe.ignore)
+        check_output(recipe.out, overwrite=recipe.overwrite, need_bytes=int(1.1 * model.get_memory_footprint()))
+    with stages("curvature"):
+        factors = estimate_factors(
+            model,
+            layers,
+            calibration,
+            fisher=recipe.fisher,  # type: ignore[arg-type]  # the recipe has checked it
+            seed=recipe.seed,
+            batch_size=recipe.batch_size,
+            quiet=quiet,
+        )
+    with stages("plan"):
+        groups = parse_pattern(recipe.pattern)
+        assert recipe.sparsity is not None
+        assert recipe.allocation is not None
+        plan = make_plan(
+            layers,
+            factors,
+            sparsity=recipe.sparsity,
+            pattern=NM(*groups) if groups else None,
+            method=recipe.method,  # type: ignore[arg-type]  # the recipe has checked it
+            allocation=recipe.allocation,
+            damping=Damping(recipe.damping),
+            quiet=quiet,
+        )
+        echo(plan.table())
+    with stages("measure"):
+        dense_quality = evaluate(model, held_out, batch_size=recipe.batch_size, quiet=quiet, label="dense")
+        dense = prune(layers, plan)
+        pruned_quality = evaluate(
+            model, held_out, dense=dense.swapped_in, batch_size=recipe.batch_size, quiet=quiet, label="pruned"
+        )
+    covered = sum(layer.mask.numel() for layer in plan.layers) / model.num_parameters()
+    with new_folder(recipe.out, overwrite=recipe.overwrite) as folder:
+        with stages("save"):
+            save_model(model, tokenizer, folder)
+            verify_saved(model, folder, trust_remote_code=recipe.trust_remote_code)
+        record = result_record(recipe, plan, factors, dense_quality, pruned_quality, stages, covered)
+        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        (folder / "kfac_prune.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(model_card(recipe, record), encoding="utf-8")
+    echo(summary(record))
+    echo(f"saved to {recipe.out}")
+    return record
+
+
+def resolve_device(name: str) -> str:
+    """Turn "auto" into a device that exists, and check any other.
+
+    Raises:
+        InputError: torch does not know the device or cannot use it.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except Exception as error:  # torch raises RuntimeError, AssertionError or AcceleratorError by kind of device
+        raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return name
+
+
+def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Windows, Windows]:
+    """Calibration windows at random starts, and held-out windows that share no text with them.
+
+    Raises:
+        InputError: a text is missing, empty or too short.
+    """
+    options: Any = {"separator": recipe.separator, "field": recipe.text_field}
+    stream = token_stream(tokenizer, read_documents(recipe.data, **options))
+    if recipe.eval_data is not None:
+        documents = read_documents(recipe.eval_data, **options, split="test")
+        held, name = token_stream(tokenizer, documents), recipe.eval_data
+    else:
+        cut = len(stream) - int(HELD_OUT * len(stream))
+        stream, held, name = stream[:cut], stream[cut:], f"the last tenth of {recipe.data}"
+    if len(held) < recipe.seqlen:
+        raise InputError(
+            f"{name} gives {len(held)} tokens to measure on; a window needs {recipe.seqlen}: "
+            "add text, name --eval-data, or lower --seqlen"
+        )
+    count = min(recipe.eval_samples, len(held) // recipe.seqlen)
+    return (
+        sample_windows(stream, recipe.samples, recipe.seqlen, recipe.seed, name=recipe.data),
+        consecutive_windows(held, count, recipe.seqlen, name=name),
+    )
+
+
+def check_tokens(model: PreTrainedModel, *windows: Windows) -> None:
+    """The model can read these windows: not longer than its context, no token outside its vocabulary.
+
+    Raises:
+        InputError: it cannot.
+    """
+    limit = context_length(model)
+    embeddings = model.get_input_embeddings().weight
+    assert isinstance(embeddings, torch.Tensor)
+    vocabulary = embeddings.shape[0]
+    for one in windows:
+        length, largest = one.input_ids.shape[1], int(one.input_ids.max())
+        if limit is not None and length > limit:
+            raise InputError(f"--seqlen is {length}, and the model's context is {limit} tokens; lower --seqlen")
+        if largest >= vocabulary:
+            raise InputError(
+                f"the tokenizer gives token {largest}, and the model knows {vocabulary}; they do not belong together"
+            )
+
+
+def measure(recipe: Recipe, *, dense_source: str | None = None, quiet: bool = True) -> str:
+    """Loss, perplexity, sparsity and, with a dense model, KL of a model on the first windows of a text.
+
+    Args:
+        recipe: of which model, data, their options, eval_samples, seqlen, batch_size, device and dtype are used.
+        dense_source: the model before pruning, or None.
+        quiet: show no progress bar.
+
+    Returns:
+        A small table.
+    """
+    device = resolve_device(recipe.device)
+    dtype = None if recipe.dtype == "auto" else recipe.dtype
+    options: Any = {"dtype": dtype, "device": device, "trust_remote_code": recipe.trust_remote_code}
+    for source in (recipe.model, dense_source):
+        if source is not None:
+            load_config(source, trust_remote_code=recipe.trust_remote_code)
+    tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    documents = read_documents(recipe.data, separator=recipe.separator, field=recipe.text_field, split="test")
+    stream = token_stream(tokenizer, documents)
+    count = max(min(recipe.eval_samples, len(stream) // recipe.seqlen), 1)
+    windows = consecutive_windows(stream, count, recipe.seqlen, name=recipe.data)
+    model = load_model(recipe.model, **options)
+    dense = load_model(dense_source, **options) if dense_source is not None else None
+    for one in (model, dense):
+        if one is not None:
+            check_tokens(one, windows)
+    quality = evaluate(model, windows, dense=dense, batch_size=recipe.batch_size, quiet=quiet)
+    layers = prunable_layers(model)
+    zeros = sum(int((layer.weight == 0).sum()) for layer in layers)
+    rows = [
+        ("loss (nats/token)", f"{quality.loss:.4f}"),
+        ("perplexity", f"{quality.perplexity:.3f}"),
+        ("sparsity of linear layers", f"{zeros / sum(layer.weight.numel() for layer in layers):.1%}"),
+        ("tokens", f"{quality.tokens:,}"),
+    ]
+    if dense is not None:
+        assert quality.kl is not None
+        dense_loss = evaluate(dense, windows, batch_size=recipe.batch_size, quiet=quiet).loss
+        rows.append(("loss increase (nats/token)", f"{quality.loss - dense_loss:.4f}"))
+        rows.append(("KL (nats/token)", f"{quality.kl:.4f}"))
+    return "\n".join(f"{name:28}{value:>10}" for name, value in rows)

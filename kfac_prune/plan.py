@@ -1,0 +1,255 @@
+"""The plan of a run: how sparse every layer becomes, with which weights, and what that is predicted to cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from kfac_prune.allocate import LossCurve, allocate
+from kfac_prune.curvature.estimate import Factors, Method
+from kfac_prune.errors import InputError
+from kfac_prune.linalg import kth_largest
+from kfac_prune.models import Layer, WeightSwap
+from kfac_prune.obs import FAST, NM, Solution, Unstructured, saliency, solve
+from kfac_prune.operators import Curvature, Damping, DampingRecord, quadratic_loss
+
+#: Sparsities at which a layer's loss curve is computed.
+CURVE_POINTS = (0.3, 0.5, 0.7, 0.9)
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One layer of a plan.
+
+    Attributes:
+        name: of the layer.
+        weight: [out, in], pruned and compensated, in the model's dtype.
+        bias: [out] or None.
+        mask: [out, in] bool, True = kept.
+        predicted: nats per token that the change costs, under the damped G ⊗ A whatever the method.
+        kkt: relative KKT residual of the method's own problem (0 = optimal compensation).
+        damping: what was added to the factors.
+        groups_fit: False where an n:m pattern does not divide the width: the last group is shorter than m, and
+            hardware that needs whole groups cannot use the layer.
+    """
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+    mask: Tensor
+    predicted: float
+    kkt: float
+    damping: tuple[DampingRecord, ...]
+    groups_fit: bool = True
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of weights removed."""
+        return 1 - int(self.mask.sum()) / self.mask.numel()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The solved layers; nothing in the model has changed yet.
+
+    Attributes:
+        layers: in the order of the model.
+        method: curvature used.
+        allocation: rule used.
+    """
+
+    layers: tuple[PlannedLayer, ...]
+    method: str
+    allocation: str
+
+    @property
+    def predicted(self) -> float:
+        """Predicted KL(dense‖pruned), nats per token: the sum over layers."""
+        return sum(layer.predicted for layer in self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of all prunable weights that are removed."""
+        kept = sum(int(layer.mask.sum()) for layer in self.layers)
+        return 1 - kept / sum(layer.mask.numel() for layer in self.layers)
+
+    def table(self) -> str:
+        """Layer by layer: shape, sparsity, predicted loss, as aligned text."""
+        width = max(len("total"), *(len(layer.name) for layer in self.layers))
+        lines = [f"{'layer':{width}}  {'out x in':>13}  sparsity  predicted loss (nats/token)"]
+        for layer in self.layers:
+            shape = f"{layer.mask.shape[0]} x {layer.mask.shape[1]}"
+            note = "" if layer.groups_fit else "  (width is no multiple of m: last group is shorter)"
+            lines.append(f"{layer.name:{width}}  {shape:>13}  {layer.sparsity:8.1%}  {layer.predicted:.6f}{note}")
+        weights = sum(layer.mask.numel() for layer in self.layers)
+        lines.append(f"{'total':{width}}  {f'{weights:,}':>13}  {self.sparsity:8.1%}  {self.predicted:.6f}")
+        return "\n".join(lines)
+
+
+def make_plan(
+    layers: Sequence[Layer],
+    factors: Factors,
+    *,
+    sparsity: float = 0.5,
+    pattern: NM | None = None,
+    method: Method = "kfac",
+    allocation: str = "curves",
+    damping: Damping | None = None,
+    curves: Mapping[str, LossCurve] | None = None,
+    quiet: bool = True,
+) -> Plan:
+    """Decide every layer's sparsity, select its mask and solve for its weights. The model is not changed.
+
+    Args:
+        layers: to prune, all with factors.
+        factors: their curvature.
+        sparsity: fraction of all weights to remove, in [0, 1); ignored with an n:m pattern.
+        pattern: n:m, or None for unstructured.
+        method: curvature to prune by.
+        allocation: "curves", "uniform" or "global" (see ``Recipe``); ignored with an n:m pattern.
+        damping: of the factors; None is ``Damping()``.
+        curves: from ``loss_curves``, for allocation "curves"; None computes them.
+        quiet: show no progress bars.
+    """
+    missing = [layer.name for layer in layers if layer.name not in factors.layers]
+    if missing:
+        raise InputError(f"no curvature was estimated for layer {missing[0]} ({len(missing)} layers in all)")
+    problems = Problems(factors, method, damping or Damping())
+    if pattern is not None:
+        allocation = "uniform"
+    if allocation == "uniform" or sparsity == 0:
+        sparsities = dict.fromkeys((layer.name for layer in layers), sparsity)
+    elif allocation == "global":
+        sparsities = _global_threshold(layers, problems, sparsity)
+    elif allocation == "curves":
+        if curves is None:
+            curves = loss_curves(layers, factors, method=method, damping=problems.damping, quiet=quiet)
+        sparsities = _by_curves(layers, problems, sparsity, curves, quiet)
+    else:
+        raise InputError(f"allocation is {allocation!r}; choose one of curves, uniform, global")
+    planned = []
+    for layer in tqdm(layers, desc="solve", unit="layer", disable=quiet):
+        weight, operator, records = problems(layer)
+        solution = solve(weight, operator, pattern or Unstructured(sparsities[layer.name]))
+        planned.append(_planned(layer, problems, weight, solution, records, pattern))
+    return Plan(tuple(planned), method, allocation)
+
+
+@dataclass(frozen=True)
+class Problems:
+    """The pruning problem of each layer under one method.
+
+    Attributes:
+        factors: of all layers.
+        method: which curvature they give.
+        damping: of the factors.
+    """
+
+    factors: Factors
+    method: Method
+    damping: Damping
+
+    def __call__(self, layer: Layer) -> tuple[Tensor, Curvature, list[DampingRecord]]:
+        """W [out, in] in float32, its curvature, and what damping that took."""
+        operator, records = self.factors.layers[layer.name].operator(self.method, self.damping, where=layer.name)
+        return layer.weight.to(torch.float32), operator, records
+
+
+def loss_curves(
+    layers: Sequence[Layer],
+    factors: Factors,
+    *,
+    method: Method = "kfac",
+    damping: Damping | None = None,
+    quiet: bool = True,
+) -> dict[str, LossCurve]:
+    """The predicted loss of every layer against its sparsity, by the fast variant of the real solver.
+
+    They serve plans at any sparsity. Arguments as ``make_plan``.
+    """
+    problems, curves = Problems(factors, method, damping or Damping()), {}
+    for layer in tqdm(layers, desc="loss curves", unit="layer", disable=quiet):
+        weight, operator, _ = problems(layer)
+        points = {s: solve(weight, operator, Unstructured(s), FAST).loss for s in CURVE_POINTS}
+        curves[layer.name] = LossCurve(points, weight.numel())
+    return curves
+
+
+def _by_curves(
+    layers: Sequence[Layer], problems: Problems, sparsity: float, curves: Mapping[str, LossCurve], quiet: bool
+) -> dict[str, float]:
+    """Allocate, correct every curve by the thorough solver's loss where it was used, allocate again."""
+    first = allocate(curves, sparsity)
+    corrected = dict(curves)
+    for layer in tqdm(layers, desc="refine curves", unit="layer", disable=quiet):
+        chosen = first[layer.name]
+        if chosen > 0:
+            weight, operator, _ = problems(layer)
+            loss = solve(weight, operator, Unstructured(chosen)).loss
+            corrected[layer.name] = curves[layer.name].corrected(chosen, loss)
+    return allocate(corrected, sparsity)
+
+
+def _global_threshold(layers: Sequence[Layer], problems: Problems, sparsity: float) -> dict[str, float]:
+    """The sparsities that one threshold on the single-weight saliencies of all layers gives."""
+    scores = {}
+    for layer in layers:
+        weight, operator, _ = problems(layer)
+        scores[layer.name] = saliency(weight, operator).reshape(-1)
+    everything = torch.cat([s.cpu() for s in scores.values()])
+    keep = max(everything.numel() - round(sparsity * everything.numel()), 1)
+    threshold = kth_largest(everything, keep)
+    most = 1 - 1e-6  # every layer keeps at least one weight
+    return {name: min(float((s < threshold.to(s.device)).float().mean()), most) for name, s in scores.items()}
+
+
+def _planned(
+    layer: Layer,
+    problems: Problems,
+    weight: Tensor,
+    solution: Solution,
+    records: Sequence[DampingRecord],
+    pattern: NM | None,
+) -> PlannedLayer:
+    """Solution to plan: rounded to the model's dtype, bias compensated where the method compensates, loss predicted."""
+    statistics = problems.factors.layers[layer.name]
+    rounded = solution.weight.to(layer.weight.dtype)
+    change = rounded.to(weight.dtype) - weight
+    bias = layer.bias
+    shift = torch.zeros_like(weight[:, 0])
+    if bias is not None and problems.method in ("kfac", "layerwise"):
+        shift = statistics.bias_update(change)
+        bias = (bias.to(weight.dtype) + shift).to(bias.dtype)
+    fisher, _ = statistics.operator("kfac", problems.damping, where=layer.name)
+    return PlannedLayer(
+        name=layer.name,
+        weight=rounded,
+        bias=bias,
+        mask=solution.mask,
+        predicted=quadratic_loss(fisher, change) + statistics.bias_loss(change, shift),
+        kkt=solution.kkt,
+        damping=tuple(records),
+        groups_fit=pattern is None or layer.shape[1] % pattern.m == 0,
+    )
+
+
+def prune(layers: Sequence[Layer], plan: Plan) -> WeightSwap:
+    """Put a plan's weights into the model, in place.
+
+    Args:
+        layers: of the model that the plan was made for.
+        plan: to apply.
+
+    Returns:
+        The dense weights, which can be put back: for a moment (``swapped_in``) or for good (``restore``).
+    """
+    by_name = {layer.name: layer for layer in layers}
+    targets = [by_name[planned.name] for planned in plan.layers]
+    dense = WeightSwap(targets)
+    for layer, planned in zip(targets, plan.layers, strict=True):
+        layer.assign(planned.weight, planned.bias)
+    return dense
