@@ -48,8 +48,11 @@ class LossCurve:
     def corrected(self, sparsity: float, loss: float) -> LossCurve:
         """The curve through a more exact point: all losses scaled by the same factor, the point put in.
 
-        Points within 0.01 of the new one give way.
+        Points within 0.01 of the new one give way. A loss of zero (nothing, or only zeros, removed) says nothing about
+        the rest, so the curve stays as it is.
         """
+        if loss <= 0:
+            return self
         factor = loss / self(sparsity)
         kept = {s: e * factor for s, e in self.points.items() if abs(s - sparsity) > 0.01}
         return LossCurve({**kept, sparsity: loss}, self.size)
@@ -79,7 +82,7 @@ def allocate(curves: Mapping[str, LossCurve], sparsity: float) -> dict[str, floa
         Sparsity per layer, at most 0.9 or half-way from the total sparsity to 1, whichever is more.
     """
     limit = max(MAX_SPARSITY, (1 + sparsity) / 2)
-    grid = [STEP * i for i in range(int(limit / STEP) + 1)]
+    grid = [*(STEP * i for i in range(math.ceil(limit / STEP - 0.5))), limit]
     segments = []
     for name, curve in curves.items():
         hull = lower_hull([(s, curve(s)) for s in grid])

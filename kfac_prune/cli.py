@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except InputError as error:
-        print(f"kfac-prune: error: {error}", file=sys.stderr)
+        print(f"kfac-prune: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("kfac-prune: interrupted; nothing was written", file=sys.stderr)
@@ -118,8 +118,10 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _quiet() -> bool:
     """Progress bars only on a terminal; no chatter from transformers anywhere."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
+    hub_logging.set_verbosity_error()  # it reports every retry
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     return not sys.stderr.isatty()

@@ -114,6 +114,8 @@ class Recipe:
         for name, least in (("samples", 1), ("eval_samples", 1), ("seqlen", 2), ("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.seed >= 2**63:
+            raise InputError(f"seed is {self.seed}; it must be at least 0 and below 2^63")
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
             raise InputError(f"sparsity is {self.sparsity}; it must be at least 0 and below 1")
         if not 0 < self.damping <= 1:
@@ -150,6 +152,16 @@ class Recipe:
         return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
 
 
+class _RecipeLoader(yaml.SafeLoader):
+    """Reads ``pattern: 2:4`` as text; YAML 1.1 has it as the number 124, written to base 60."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        """The tag of a node."""
+        if kind is yaml.ScalarNode and implicit[0] and re.fullmatch(r"[0-9]+:[0-9]+", value):
+            return "tag:yaml.org,2002:str"
+        return super().resolve(kind, value, implicit)
+
+
 def read_recipe(path: str) -> dict[str, Any]:
     """The fields that a YAML recipe sets.
 
@@ -157,10 +169,12 @@ def read_recipe(path: str) -> dict[str, Any]:
         InputError: the file cannot be read, is not a mapping, or has an unknown field.
     """
     try:
-        fields = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+        text = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the recipe {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
+    try:
+        fields = yaml.load(text, _RecipeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no such date, number of 5000 digits
         raise InputError(f"the recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(fields, dict):
         raise InputError(f"the recipe {path} must be a mapping of fields such as 'sparsity: 0.5'")

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kfac_prune.data import WindowBatch, Windows
+from kfac_prune.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ def evaluate(
         batch_size: windows per pass.
         quiet: show no progress bar.
         label: of the progress bar.
+
+    Raises:
+        InputError: no position counts.
     """
     nll = kl = 0.0
     tokens = 0
@@ -72,8 +76,11 @@ def evaluate(
                 else:
                     with dense():
                         log_p = _log_probabilities(model, batch, counts)
-                kl += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
+                ratio = (log_p - log_q).masked_fill_(log_p == -math.inf, 0.0)  # 0 log 0 = 0
+                kl += float((log_p.exp() * ratio).sum(-1).double().sum())
             bar.update(len(batch.input_ids))
+    if tokens == 0:
+        raise InputError("the windows hold no position to predict: each needs two neighbouring unmasked tokens")
     return Quality(nll / tokens, kl / tokens if dense is not None else None, tokens)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from kfac_prune.models import load_config, prunable_layers
+from kfac_prune.models import Layer, load_config, prunable_layers
 
 
 def describe(
@@ -37,14 +37,22 @@ def describe(
             f"{layer.name:{width}}  {f'{out_features} x {in_features}':>13}  {out_features * in_features:>12,}  "
             f"{'yes' if layer.bias is not None else 'no':4}  {'yes' if in_features % 4 == 0 else 'no':>8}"
         )
-    covered = sum(layer.weight.numel() for layer in layers)
-    total = model.num_parameters()
+    return "\n".join([*lines, coverage(model, layers)])
+
+
+def coverage(model: PreTrainedModel, layers: Sequence[Layer]) -> str:
+    """How much of the model the layers hold, and which other tensors there are.
+
+    Args:
+        model: whole.
+        layers: to be pruned.
+    """
+    covered, total = sum(layer.weight.numel() for layer in layers), model.num_parameters()
     names = {f"{layer.name}.weight" for layer in layers}
     rest = [(name, p) for name, p in model.named_parameters() if name not in names]
     matrices = [f"{name} {list(p.shape)}" for name, p in rest if p.ndim > 1]
-    lines += [
-        f"{len(layers)} layers hold {covered:,} of {total:,} parameters ({covered / total:.1%})",
-        f"not pruned: {', '.join(matrices) or 'no matrix'}; and {sum(p.ndim <= 1 for _, p in rest)} vectors "
-        "(norms, biases). Embeddings and the head are never pruned.",
-    ]
-    return "\n".join(lines)
+    shown = matrices if len(matrices) <= 6 else [*matrices[:5], f"{len(matrices) - 5} more"]
+    return (
+        f"{len(layers)} layers hold {covered:,} of {total:,} parameters ({covered / total:.1%}). Left as they are: "
+        f"{', '.join(shown) or 'no matrix'}, and {sum(p.ndim <= 1 for _, p in rest)} vectors (norms, biases)."
+    )

@@ -13,7 +13,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D
 
 from kfac_prune.errors import InputError
@@ -137,37 +140,47 @@ def prunable_layers(model: PreTrainedModel, include: Sequence[str] = (), ignore:
     return kept
 
 
+def _reason(error: Exception) -> str:
+    """An error's first line, with the second where the first only announces it."""
+    if isinstance(error, KeyError):  # whose text is the key alone
+        return f"{error} is missing"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
 def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
     """The model's configuration, checked to be that of a causal language model that can be pruned.
 
     Raises:
         InputError: no such folder or hub id, no causal language model, or a quantised checkpoint.
     """
-    folder = Path(source).expanduser()
-    if folder.exists():
+    try:
+        folder = Path(source).expanduser()
+        exists = folder.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a folder without permission, no such ~user
+        raise InputError(f"{source} cannot be looked up: {_reason(error)}") from error
+    if exists:
         if not folder.is_dir() or not (folder / "config.json").is_file():
             raise InputError(f"{source} is not a model folder: it holds no config.json")
         try:
             json.loads((folder / "config.json").read_text())
         except (ValueError, OSError) as error:
             raise InputError(f"{source}/config.json cannot be read: {error}") from error
-    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
+    elif source.startswith((".", "/", "~")) or source.endswith("/") or source.count("/") > 1:
         raise InputError(f"there is no model folder {source}")
     try:
-        config = AutoConfig.from_pretrained(
-            str(folder) if folder.exists() else source, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"{source} is neither a local model folder nor a hub model that can be read: {reason}"
-        ) from error
+        config = AutoConfig.from_pretrained(str(folder) if exists else source, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a wrong value, a wrong type and a failing network each have their own types there
+        what = "/config.json cannot be used" if exists else " is neither a local model folder nor a hub model to be had"
+        raise InputError(f"{source}{what}: {_reason(error)}") from error
     if getattr(config, "quantization_config", None):
         raise InputError(f"{source} is a quantised checkpoint; prune the full-precision model, then quantise that")
     architectures = config.architectures or []
     known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in (
         getattr(config, "auto_map", None) or {}
     )
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:  # BERT and its kin see both sides unless told otherwise
+        known = known and getattr(config, "is_decoder", True)
     if not known or (architectures and not any("CausalLM" in a or "LMHead" in a for a in architectures)):
         raise InputError(
             f"{source} is not a causal language model (type {config.model_type}, architectures {architectures}); "
@@ -193,14 +206,22 @@ def load_model(
     load_config(source, trust_remote_code=trust_remote_code)
     folder = Path(source).expanduser()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             str(folder) if folder.exists() else source,
             dtype=DTYPES[dtype] if dtype else "auto",
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told below, by name
         )
     except Exception as error:  # safetensors, torch and the hub raise unrelated types for broken files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"the weights of {source} cannot be loaded: {reason}") from error
+        raise InputError(f"the weights of {source} cannot be loaded: {_reason(error)}") from error
+    model, report = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+    if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
+        raise InputError(f"the checkpoint {source} lacks {len(missing)} of the model's tensors, such as {missing[0]}")
+    for name, stored, wanted in sorted(report["mismatched_keys"]):
+        raise InputError(
+            f"the checkpoint {source} has {name} as {list(stored)}; its config.json makes it {list(wanted)}"
+        )
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise InputError(f"{source}: weight {name} holds NaN or infinity; the checkpoint is broken")
@@ -216,12 +237,14 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTraine
     """
     folder = Path(source).expanduser()
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder) if folder.exists() else source, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{source} has no usable tokenizer: {reason}") from error
+    except Exception as error:  # as for the weights
+        raise InputError(f"{source} has no usable tokenizer (tokenizer.json or its like): {_reason(error)}") from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of missing files
+        raise InputError(f"{source} has no usable tokenizer: its files are missing, or its vocabulary is empty")
+    return tokenizer
 
 
 def context_length(model: PreTrainedModel) -> int | None:

@@ -17,6 +17,7 @@ from kfac_prune.data import Windows, consecutive_windows, read_documents, sample
 from kfac_prune.errors import InputError
 from kfac_prune.evaluate import evaluate
 from kfac_prune.export import save_model, verify_saved
+from kfac_prune.inspect_model import coverage
 from kfac_prune.models import context_length, load_config, load_model, load_tokenizer, prunable_layers
 from kfac_prune.obs import NM
 from kfac_prune.operators import Damping
@@ -60,6 +61,7 @@ def run(recipe: Recipe, *, echo: Callable[[str], None] = logger.info, quiet: boo
         check_tokens(model, calibration, held_out)
         layers = prunable_layers(model, recipe.include, recipe.ignore)
         check_output(recipe.out, overwrite=recipe.overwrite, need_bytes=int(1.1 * model.get_memory_footprint()))
+    echo(coverage(model, layers))
     with stages("curvature"):
         factors = estimate_factors(
             model,
@@ -153,9 +155,7 @@ def check_tokens(model: PreTrainedModel, *windows: Windows) -> None:
         InputError: it cannot.
     """
     limit = context_length(model)
-    embeddings = model.get_input_embeddings().weight
-    assert isinstance(embeddings, torch.Tensor)
-    vocabulary = embeddings.shape[0]
+    vocabulary = vocabulary_size(model)
     for one in windows:
         length, largest = one.input_ids.shape[1], int(one.input_ids.max())
         if limit is not None and length > limit:
@@ -164,6 +164,13 @@ def check_tokens(model: PreTrainedModel, *windows: Windows) -> None:
             raise InputError(
                 f"the tokenizer gives token {largest}, and the model knows {vocabulary}; they do not belong together"
             )
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Rows of the input embeddings."""
+    embeddings = model.get_input_embeddings().weight
+    assert isinstance(embeddings, torch.Tensor)
+    return embeddings.shape[0]
 
 
 def measure(recipe: Recipe, *, dense_source: str | None = None, quiet: bool = True) -> str:
@@ -186,13 +193,22 @@ def measure(recipe: Recipe, *, dense_source: str | None = None, quiet: bool = Tr
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
     documents = read_documents(recipe.data, separator=recipe.separator, field=recipe.text_field, split="test")
     stream = token_stream(tokenizer, documents)
-    count = max(min(recipe.eval_samples, len(stream) // recipe.seqlen), 1)
+    if len(stream) < recipe.seqlen:
+        raise InputError(
+            f"{recipe.data} gives {len(stream)} tokens; a window needs {recipe.seqlen}: add text, or lower --seqlen"
+        )
+    count = min(recipe.eval_samples, len(stream) // recipe.seqlen)
     windows = consecutive_windows(stream, count, recipe.seqlen, name=recipe.data)
     model = load_model(recipe.model, **options)
     dense = load_model(dense_source, **options) if dense_source is not None else None
     for one in (model, dense):
         if one is not None:
             check_tokens(one, windows)
+    if dense is not None and vocabulary_size(dense) != vocabulary_size(model):
+        raise InputError(
+            f"{recipe.model} knows {vocabulary_size(model)} tokens and {dense_source} {vocabulary_size(dense)}: "
+            "not the same vocabulary, so there is no KL between them"
+        )
     quality = evaluate(model, windows, dense=dense, batch_size=recipe.batch_size, quiet=quiet)
     layers = prunable_layers(model)
     zeros = sum(int((layer.weight == 0).sum()) for layer in layers)

@@ -83,7 +83,9 @@ class Plan:
         lines = [f"{'layer':{width}}  {'out x in':>13}  sparsity  predicted loss (nats/token)"]
         for layer in self.layers:
             shape = f"{layer.mask.shape[0]} x {layer.mask.shape[1]}"
-            note = "" if layer.groups_fit else "  (width is no multiple of m: last group is shorter)"
+            notes = [f"damping of {r.factor} raised to {r.relative:g}" for r in layer.damping if r.raised]
+            notes += [] if layer.groups_fit else ["width is no multiple of m, its last group is shorter"]
+            note = f"  ({'; '.join(notes)})" if notes else ""
             lines.append(f"{layer.name:{width}}  {shape:>13}  {layer.sparsity:8.1%}  {layer.predicted:.6f}{note}")
         weights = sum(layer.mask.numel() for layer in self.layers)
         lines.append(f"{'total':{width}}  {f'{weights:,}':>13}  {self.sparsity:8.1%}  {self.predicted:.6f}")

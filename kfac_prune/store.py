@@ -26,15 +26,22 @@ def check_output(out: str, *, overwrite: bool, need_bytes: int = 0) -> Path:
     Raises:
         InputError: it exists, is a file, cannot be created, or the disk is too full.
     """
-    target = Path(out).expanduser().absolute()
-    if target.exists() and not target.is_dir():
-        raise InputError(f"--out {out} is a file; name a folder")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise InputError(f"--out {out} exists and is not empty; choose another folder, or add --overwrite")
-    parent = target.parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    try:
+        target = Path(out).expanduser().resolve()  # a link to a folder: that folder is written, the link stays
+        if target.exists() and not target.is_dir():
+            raise InputError(f"--out {out} is a file; name a folder")
+        if target.is_dir() and any(target.iterdir()) and not overwrite:
+            raise InputError(f"--out {out} exists and is not empty; choose another folder, or add --overwrite")
+        if target.is_mount():
+            raise InputError(f"--out {out} is a mount point, which cannot be replaced; name a folder below it")
+        parent = target.parent
+        while not parent.exists():
+            parent = parent.parent
+    except (OSError, RuntimeError) as error:  # no permission to look, a name that is too long, no such ~user
+        raise InputError(f"--out {out} cannot be created: {error}") from error
+    if not parent.is_dir():
+        raise InputError(f"--out {out} cannot be created: {parent} is a file")
+    if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"--out {out} cannot be created: no permission to write in {parent}")
     free = shutil.disk_usage(parent).free
     if free < need_bytes:
@@ -58,10 +65,15 @@ def new_folder(out: str, *, overwrite: bool) -> Iterator[Path]:
         yield work
         for file in work.rglob("*"):  # some writers leave files that only their owner can read
             file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
+        check_output(str(target), overwrite=overwrite)  # another run may have filled it meanwhile
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
             os.replace(target, old)
-            os.replace(work, target)
+            try:
+                os.replace(work, target)
+            except OSError:
+                os.replace(old, target)
+                raise
             shutil.rmtree(old)
         else:
             os.replace(work, target)

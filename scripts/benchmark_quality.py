@@ -21,10 +21,11 @@ from transformers.utils import logging
 from kfac_prune.config import parse_pattern
 from kfac_prune.curvature.estimate import estimate_factors
 from kfac_prune.data import Windows, consecutive_windows, read_documents, sample_windows, token_stream
-from kfac_prune.evaluate import evaluate
-from kfac_prune.models import context_length, load_model, load_tokenizer, prunable_layers
+from kfac_prune.evaluate import Quality, evaluate
+from kfac_prune.models import WeightSwap, context_length, load_model, load_tokenizer, prunable_layers
 from kfac_prune.obs import NM
 from kfac_prune.plan import loss_curves, make_plan, prune
+from kfac_prune.refit import refit
 from kfac_prune.report import peak_memory_bytes, versions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +42,12 @@ MODELS: dict[str, tuple[str, str, str | None, tuple[str, ...]]] = {
     "chargpt-shakespeare-gpt2": ("shakespeare_train.txt", "shakespeare_test.txt", None, ("50%", "70%", "2:4")),
 }
 METHODS = {"magnitude": "uniform", "layerwise": "uniform", "kfac": "curves"}
-LABELS = {"magnitude": "magnitude", "layerwise": "layer-wise (G = I)", "kfac": "**K-FAC (default)**"}
+LABELS = {
+    "magnitude": "magnitude",
+    "layerwise": "layer-wise (G = I)",
+    "kfac": "K-FAC",
+    "kfac+refit": "**K-FAC + refit (default)**",
+}
 SAMPLES, TEST_WINDOWS = 128, 200
 BEGIN, END = "<!-- quality table: begin -->", "<!-- quality table: end -->"
 
@@ -67,8 +73,11 @@ def main() -> None:
                 rows = [old for old in rows if any(old[k] != cell[k] for k in cell)] + [row]
                 arguments.out.parent.mkdir(parents=True, exist_ok=True)
                 arguments.out.write_text("".join(json.dumps(r) + "\n" for r in rows))
-                print(*(f"{k}={row[k]:.4f}" if isinstance(row[k], float) else row[k]
-                        for k in ("model", "method", "level", "d", "kl", "kl_predicted", "seconds")), flush=True)  # fmt: skip
+                print(
+                    f"{row['model']:25} {row['method']:11} {row['level']:>4}  d {row['d']:.4f}  KL {row['kl']:.4f}  "
+                    f"predicted {row['kl_predicted']:.4f}  {row['seconds']:.1f} s",
+                    flush=True,
+                )
     write_table(rows, ROOT / "README.md")
 
 
@@ -98,39 +107,50 @@ def run_model(name: str, reference: Path, levels: tuple[str, ...]) -> Any:
     for method, allocation in METHODS.items():
         for level in levels:
             groups = None if level.endswith("%") else parse_pattern(level)
+            pattern = NM(*groups) if groups else None
             start = time.perf_counter()
             plan = make_plan(
                 layers,
                 factors,
                 sparsity=0.0 if groups else float(level[:-1]) / 100,
-                pattern=NM(*groups) if groups else None,
+                pattern=pattern,
                 method=method,  # type: ignore[arg-type]
                 allocation=allocation,
                 curves=curves,
             )
-            seconds = time.perf_counter() - start
             swap = prune(layers, plan)
-            quality = evaluate(model, test, dense=swap.swapped_in)
-            swap.restore()
-            yield {
+            row = {
                 "model": name,
                 "method": method,
                 "level": level,
                 "allocation": plan.allocation,
                 "sparsity": plan.sparsity,
                 "dense_loss": dense.loss,
-                "d": quality.loss - dense.loss,
-                "kl": quality.kl,
                 "kl_predicted": plan.predicted,
-                "seconds": seconds,
                 "seconds_curvature": curvature_seconds,
                 "seconds_curves": curve_seconds,
-                "peak_memory_bytes": peak_memory_bytes(),
                 "device": model.device.type,
                 "threads": torch.get_num_threads(),
                 "commit": commit,
                 "versions": versions(),
             }
+            yield row | measured(model, test, dense, swap, time.perf_counter() - start)
+            if method == "kfac":
+                start = time.perf_counter()
+                refit(model, layers, plan, factors, calibration, swap.swapped_in, pattern=pattern, batch_size=8)
+                yield row | {"method": "kfac+refit"} | measured(model, test, dense, swap, time.perf_counter() - start)
+            swap.restore()
+
+
+def measured(model: Any, test: Windows, dense: Quality, swap: WeightSwap, seconds: float) -> dict[str, Any]:
+    """The measured part of a row; ``seconds`` is what the last step took."""
+    quality = evaluate(model, test, dense=swap.swapped_in)
+    return {
+        "d": quality.loss - dense.loss,
+        "kl": quality.kl,
+        "seconds": seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
 
 
 def write_table(rows: list[dict[str, Any]], readme: Path) -> None:

@@ -3,9 +3,7 @@
 The text is English that comes with CPython: the language topics of ``pydoc`` and the docstrings of the standard
 library, whose files are parsed and never imported. The model is a Llama of 0.87 million parameters. Equal options
 give an equal result under the same versions of Python, PyTorch and tokenizers and on the same kind of processor;
-another CPython has other text.
-
-    python scripts/train_demo_model.py                # about half an hour on one core
+another CPython has other text. The defaults made the files that ship, in about half an hour on one core.
 """
 
 import argparse
@@ -32,13 +30,12 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 ASSETS = Path(__file__).resolve().parents[1] / "kfac_prune" / "assets"
 SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "pydoc_data"}
-MIN_CHARS = 80  # of a docstring; shorter ones are hardly sentences
-MAX_HELD_OUT_CHARS = 20_000  # of a document; one long topic would be most of the held-out text
-SHINGLE_WORDS = 4
-MAX_SHARED = 0.2  # of a document's runs of SHINGLE_WORDS words, above which it counts as a near-copy
+MIN_CHARS, MAX_CHARS = 80, 20_000  # of a docstring, and of a held-out text, where one could be a third of all
+SHINGLE_WORDS, MAX_SHARED = 4, 0.2  # a near-copy shares over this fraction of its runs of so many words
 CALIBRATION_BYTES, MIN_CALIBRATION_TOKENS = 350_000, 60_000
 VOCABULARY, WINDOW = 1024, 256  # tokens
 BOS, EOS = "<s>", "</s>"
+SUMMARY = "Train the demo's language model, and write it with its calibration and held-out text."
 
 README = """# Assets of the demo
 
@@ -57,10 +54,10 @@ def read_documents() -> list[str]:
     """Every distinct topic and standard-library docstring, in the order of topics' and files' names."""
     root = Path(sysconfig.get_path("stdlib"))
     files = sorted((path.relative_to(root).as_posix(), path) for path in root.rglob("*.py"))
-    found = dict.fromkeys(topics[name].strip() for name in sorted(topics))
+    found = dict.fromkeys(topics[name].strip() for name in sorted(topics))  # an ordered set
     for name, path in files:
         if not SKIPPED_FOLDERS.intersection(name.split("/")):
-            found.update(dict.fromkeys(text for text in docstrings(path) if len(text) >= MIN_CHARS))
+            found |= dict.fromkeys(text for text in docstrings(path) if len(text) >= MIN_CHARS)
     return list(found)
 
 
@@ -84,18 +81,17 @@ def split(documents: Sequence[str], fraction: float) -> tuple[list[str], list[st
     then still repeats much of the held-out text is left out of both.
     """
     runs = {text: shingles(text) for text in documents}
-    count = Counter(run for each in runs.values() for run in each)
+    copies = Counter(run for each in runs.values() for run in each)
 
     def chosen(text: str) -> bool:
         unit = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64  # uniform in [0, 1)
-        shared = sum(count[run] > 1 for run in runs[text])
-        return unit < fraction and len(text) <= MAX_HELD_OUT_CHARS and shared <= MAX_SHARED * len(runs[text])
+        shared = sum(copies[run] > 1 for run in runs[text])
+        return unit < fraction and len(text) <= MAX_CHARS and shared <= MAX_SHARED * len(runs[text])
 
     heldout = [text for text in documents if chosen(text)]
     seen = set().union(*(runs[text] for text in heldout))
-    rest = set(documents).difference(heldout)
-    train = [t for t in documents if t in rest and len(runs[t] & seen) <= MAX_SHARED * len(runs[t])]
-    return train, heldout
+    rest = [text for text in documents if not chosen(text)]
+    return [text for text in rest if len(runs[text] & seen) <= MAX_SHARED * len(runs[text])], heldout
 
 
 def train_tokenizer(documents: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -103,9 +99,8 @@ def train_tokenizer(documents: Sequence[str]) -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = {"special_tokens": [BOS, EOS], "initial_alphabet": alphabet}
-    core.train_from_iterator(documents, trainers.BpeTrainer(vocab_size=VOCABULARY, show_progress=False, **special))
+    start = {"special_tokens": [BOS, EOS], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    core.train_from_iterator(documents, trainers.BpeTrainer(vocab_size=VOCABULARY, show_progress=False, **start))
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=BOS, eos_token=EOS, model_max_length=WINDOW)
 
 
@@ -117,22 +112,13 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]) -> list
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """The untrained model in float32."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=WINDOW,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    sizes = {"hidden_size": 128, "intermediate_size": 352, "vocab_size": VOCABULARY, "max_position_embeddings": WINDOW}
+    blocks = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
+    config = LlamaConfig(**sizes, **blocks, tie_word_embeddings=True, bos_token_id=bos, eos_token_id=eos)
     model = LlamaForCausalLM(config)
     # Documents follow each other with BOS and no EOS, so BOS is what the model puts where a text ends.
-    ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
-    model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=ends)
+    model.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=[bos, eos])
     return model
 
 
@@ -162,17 +148,14 @@ def heldout_loss(model: LlamaForCausalLM, documents: Sequence[Tensor]) -> float:
 
 def fit(model: LlamaForCausalLM, train: Sequence[Tensor], heldout: Sequence[Tensor], args: argparse.Namespace) -> None:
     """Train by AdamW with linear warm-up and cosine decay to zero; only matrices decay."""
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    matrices, vectors = ([p for p in model.parameters() if p.dim() == dim] for dim in (2, 1))
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     start, running = time.monotonic(), 0.0
     for step, ids in zip(range(1, args.steps + 1), epochs(train, args.batch, args.seed), strict=False):
-        rate = min(
-            step / args.warmup, 0.5 + 0.5 * math.cos(math.pi * (step - args.warmup) / (args.steps - args.warmup))
-        )
+        cosine = 0.5 + 0.5 * math.cos(math.pi * max(0, step - args.warmup) / (args.steps - args.warmup))
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * rate
+            group["lr"] = args.lr * min(1, step / args.warmup) * cosine
         loss = token_loss(model, ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -189,14 +172,13 @@ def fit(model: LlamaForCausalLM, train: Sequence[Tensor], heldout: Sequence[Tens
 
 def json_lines(documents: Sequence[str], limit: float = math.inf) -> tuple[list[str], str]:
     """The documents that, each in its turn, still fit into `limit` bytes, and their JSON lines."""
-    chosen, lines = [], []
+    lines: dict[str, str] = {}
     for text in documents:
         line = json.dumps({"text": text}, ensure_ascii=False) + "\n"
         if (size := len(line.encode())) <= limit:
-            chosen.append(text)
-            lines.append(line)
+            lines[text] = line
             limit -= size
-    return chosen, "".join(lines)
+    return list(lines), "".join(lines.values())
 
 
 def install(new: Path, out: Path) -> None:
@@ -209,20 +191,21 @@ def install(new: Path, out: Path) -> None:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n", 1)[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=SUMMARY, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, default=ASSETS, help="folder that receives the files")
-    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=6400, help="optimizer steps")
     parser.add_argument("--batch", type=int, default=8, help=f"windows of {WINDOW} tokens per step")
-    parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate per step")
+    parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate of AdamW")
     parser.add_argument("--warmup", type=int, default=200, help="steps of linear warm-up")
-    parser.add_argument("--weight-decay", type=float, default=0.1, help="decoupled weight decay, times learning rate")
-    parser.add_argument("--heldout", type=float, default=0.13, help="fraction of unique documents to hold out")
+    parser.add_argument("--weight-decay", type=float, default=0.5, help="decoupled decay per step, times learning rate")
+    parser.add_argument("--heldout", type=float, default=0.14, help="fraction of unique documents to hold out")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, order and calibration sample")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--log-every", type=int, default=250, help="steps between two reports")
-    return parser.parse_args()
+    parser.add_argument("--log-every", type=int, default=400, help="steps between two reports")
+    args = parser.parse_args()
+    if not 0 < args.warmup < args.steps:
+        parser.error(f"--warmup is {args.warmup}: it must be above 0 and below --steps, {args.steps}")
+    return args
 
 
 def main() -> None:
@@ -236,34 +219,28 @@ def main() -> None:
     tokenizer = train_tokenizer(train)
     parts = {"train": train, "heldout": heldout, "calibration": sample}
     ids = {name: encode(tokenizer, texts) for name, texts in parts.items()}
-    tokens = {name: sum(map(len, rows)) for name, rows in ids.items()}
+    counts = {name: sum(map(len, rows)) for name, rows in ids.items()}
     for name, texts in parts.items():
-        print(f"{name}: {len(texts)} documents, {sum(map(len, texts)):,} characters, {tokens[name]:,} tokens")
-    if tokens["calibration"] < MIN_CALIBRATION_TOKENS:
-        raise SystemExit(f"{tokens['calibration']} calibration tokens: at least {MIN_CALIBRATION_TOKENS} are needed")
+        print(f"{name}: {len(texts)} documents, {sum(map(len, texts)):,} characters, {counts[name]:,} tokens")
+    if counts["calibration"] < MIN_CALIBRATION_TOKENS:
+        raise SystemExit(f"{counts['calibration']} calibration tokens: at least {MIN_CALIBRATION_TOKENS} are needed")
 
     model = build_model(tokenizer)
     fit(model, ids["train"], ids["heldout"], args)
-    model.to(torch.bfloat16).float()  # rounds the weights to those that are saved
+    for parameter in model.parameters():  # and no buffers: the rotary frequencies stay exact in a loaded model
+        parameter.data = parameter.data.bfloat16().float()
     loss = heldout_loss(model, ids["heldout"])
     print(f"bfloat16 weights: held-out loss {loss:.4f} nats per token, perplexity {math.exp(loss):.3f}")
 
-    with tempfile.TemporaryDirectory(
-        dir=args.out, prefix=".new-"
-    ) as folder:  # on the same disk, so that renaming works
+    counts |= {"parameters": model.num_parameters(), "seen": args.steps * args.batch * WINDOW}
+    readme = README.format(loss=loss, perplexity=math.exp(loss), python=platform.python_version(), **counts)
+    with tempfile.TemporaryDirectory(dir=args.out, prefix=".new-") as folder:  # inside `out`, so that renaming works
         new = Path(folder)
         model.to(torch.bfloat16).save_pretrained(new / "demo_model")
         tokenizer.save_pretrained(new / "demo_model")
+        (new / "demo_model" / "model.safetensors").chmod(0o644)  # which safetensors writes for its owner only
         (new / "demo_calibration.jsonl").write_text(calibration, encoding="utf-8")
         (new / "demo_heldout.jsonl").write_text(json_lines(heldout)[1], encoding="utf-8")
-        readme = README.format(
-            parameters=model.num_parameters(),
-            loss=loss,
-            perplexity=math.exp(loss),
-            seen=args.steps * args.batch * WINDOW,
-            python=platform.python_version(),
-            **tokens,
-        )
         (new / "README.md").write_text(readme, encoding="utf-8")
         install(new, args.out)
 

@@ -133,8 +133,10 @@ def estimate_factors(
         quiet: show no progress bar.
 
     Raises:
-        InputError: a layer never took part, or its statistics are not finite.
+        InputError: the windows hold no token, a layer never took part, or its statistics are not finite.
     """
+    if windows.tokens == 0:
+        raise InputError("the calibration windows hold no token: every position is masked")
     uniforms = torch.rand(windows.input_ids.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     capture = FactorCapture(layers)
     device = model.device
@@ -182,17 +184,18 @@ class _frozen:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._training = model.training
+        self._training = [module.training for module in model.modules()]
         self._flags = [p.requires_grad for p in model.parameters()]
 
     def __enter__(self) -> None:
-        self._model.eval().requires_grad_(False)
         self._handle = self._model.get_input_embeddings().register_forward_hook(
             lambda module, args, output: output.requires_grad_(True)
         )
+        self._model.eval().requires_grad_(False)
 
     def __exit__(self, *exception: object) -> None:
         self._handle.remove()
-        self._model.train(self._training)
+        for module, training in zip(self._model.modules(), self._training, strict=True):
+            module.training = training
         for parameter, flag in zip(self._model.parameters(), self._flags, strict=True):
             parameter.requires_grad_(flag)

@@ -66,7 +66,10 @@ def compensate(
     decreases: list[float] = []
     while len(decreases) < max_iterations and float(rz) > 0:
         curved = curvature.apply(direction)
-        step = rz / torch.sum(direction * curved)
+        energy = torch.sum(direction * curved)
+        if not float(energy) > 0:  # the direction is below the smallest number of the dtype
+            break
+        step = rz / energy
         x = x + step * direction
         gradient = gradient - step * curved
         residual = gradient * mask

@@ -1,0 +1,207 @@
+"""Residual refit: every layer that writes into the residual stream repairs, in closed form, what went wrong before it.
+
+After pruning, a block's input already differs from the dense model's. With t = (dense stream after the writer) −
+(pruned stream before it) and h the input that the writer really receives in the pruned model, the writer's weights are
+chosen anew to minimise ``½ E‖t − X h‖²_G`` over the weights that may stay, G being the Fisher metric at its output
+(DESIGN §7). That is the Optimal Brain Surgeon's problem again, with W replaced by the least-squares solution
+``E[t hᵀ] E[h hᵀ]⁻¹`` and A by ``E[h hᵀ]``: the same selection and compensation solve it. Forward passes only.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from kfac_prune.curvature.estimate import Factors
+from kfac_prune.data import Windows
+from kfac_prune.linalg import inverse_from_cholesky, shifted
+from kfac_prune.models import Layer
+from kfac_prune.obs import Pattern, Unstructured, compensate, select
+from kfac_prune.operators import Damping, Kronecker
+from kfac_prune.plan import Plan, PlannedLayer
+from kfac_prune.stream import BlockStack, Writer, find_writers, observed
+
+logger = logging.getLogger("kfac_prune")
+
+#: E[h hᵀ] + RIDGE · mean diagonal · I, which also draws the solution towards the present weights.
+RIDGE = 0.1
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """What the refit did to one layer.
+
+    Attributes:
+        name: of the layer.
+        before: ½ E‖t − X h‖²_G with the weights as pruned, nats per token.
+        after: the same with the weights as refitted.
+    """
+
+    name: str
+    before: float
+    after: float
+
+
+@dataclass
+class Moments:
+    """Sums over tokens of a writer's input h, its target t, and their products, in float32.
+
+    Attributes:
+        hh: Σ h hᵀ [in, in].
+        th: Σ t hᵀ [out, in].
+        tt: Σ t tᵀ [out, out].
+        h: Σ h [in].
+        t: Σ t [out].
+        tokens: number of summands.
+    """
+
+    hh: Tensor
+    th: Tensor
+    tt: Tensor
+    h: Tensor
+    t: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def zeros(cls, shape: tuple[int, int], device: torch.device) -> Moments:
+        """Of a layer [out, in]."""
+        o, i = shape
+        hh, th, tt, h, t = (torch.zeros(size, device=device) for size in ((i, i), (o, i), (o, o), (i,), (o,)))
+        return cls(hh, th, tt, h, t)
+
+    def add(self, h: Tensor, t: Tensor) -> None:
+        """Add rows h [tokens, in] and t [tokens, out]."""
+        h, t = h.float(), t.float()
+        self.hh.addmm_(h.T, h)
+        self.th.addmm_(t.T, h)
+        self.tt.addmm_(t.T, t)
+        self.h += h.sum(0)
+        self.t += t.sum(0)
+        self.tokens += h.shape[0]
+
+    def means(self, *, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """E[h hᵀ], E[t hᵀ], E[t tᵀ], about the means where a bias takes those up."""
+        hh, th, tt = (m / self.tokens for m in (self.hh, self.th, self.tt))
+        if not centred:
+            return hh, th, tt
+        h, t = self.h / self.tokens, self.t / self.tokens
+        return hh - torch.outer(h, h), th - torch.outer(t, h), tt - torch.outer(t, t)
+
+
+def refit(
+    model: PreTrainedModel,
+    layers: Sequence[Layer],
+    plan: Plan,
+    factors: Factors,
+    windows: Windows,
+    dense: Callable[[], AbstractContextManager[None]],
+    *,
+    pattern: Pattern | None = None,
+    damping: Damping | None = None,
+    batch_size: int = 4,
+    quiet: bool = True,
+) -> tuple[Plan, list[Refitted]]:
+    """Refit the writers of every block in order, in place; one pass through the model.
+
+    Args:
+        model: pruned by the plan.
+        layers: its prunable layers.
+        plan: that was applied.
+        factors: whose G is the metric.
+        windows: calibration tokens [N, T]; masked positions are left out.
+        dense: a context in which the model has its dense weights (``WeightSwap.swapped_in``).
+        pattern: an n:m pattern, or None to keep every layer's number of weights. The mask is chosen anew within it.
+        damping: of G; None is ``Damping()``.
+        batch_size: windows per pass.
+        quiet: show no progress bar.
+
+    Returns:
+        The plan with the new weights and masks, and what happened to each writer.
+    """
+    damping = damping or Damping()
+    with dense():
+        stack = BlockStack(model, layers, windows, batch_size)
+    planned = {layer.name: layer for layer in plan.layers}
+    dense_stream, pruned_stream = list(stack.entries), list(stack.entries)
+    records: list[Refitted] = []
+    for index, block in enumerate(tqdm(stack.names, desc="refit", unit="block", disable=quiet)):
+        mine = [layer for layer in layers if layer.name.startswith(f"{block}.") and layer.name in planned]
+        with dense():
+            writers = find_writers(stack, index, dense_stream[0], mine)
+        if mine and not writers:
+            logger.warning(
+                "refit: no sum of layer outputs is what %s adds to the residual stream; left as it is", block
+            )
+        for position in range(len(writers)):
+            moments = _moments(stack, index, writers, position, dense_stream, pruned_stream, dense)
+            layer = writers[position].layer
+            g, _ = damping(factors.layers[layer.name].g, name="G", where=layer.name)
+            planned[layer.name], record = _solve(planned[layer.name], layer, moments, g, pattern)
+            layer.assign(planned[layer.name].weight, planned[layer.name].bias)
+            records.append(record)
+        with torch.no_grad():
+            for batch, stream in enumerate(pruned_stream):
+                pruned_stream[batch] = stack.run(index, batch, stream).cpu()
+            with dense():
+                for batch, stream in enumerate(dense_stream):
+                    dense_stream[batch] = stack.run(index, batch, stream).cpu()
+    return replace(plan, layers=tuple(planned[layer.name] for layer in plan.layers)), records
+
+
+def _moments(
+    stack: BlockStack,
+    index: int,
+    writers: Sequence[Writer],
+    position: int,
+    dense_stream: Sequence[Tensor],
+    pruned_stream: Sequence[Tensor],
+    dense: Callable[[], AbstractContextManager[None]],
+) -> Moments:
+    """Moments of one writer's input and target, over all batches."""
+    writer = writers[position]
+    layer = writer.layer
+    moments = Moments.zeros(layer.shape, layer.weight.device)
+    with torch.no_grad(), observed([w.layer for w in writers]) as seen:
+        for batch, (x_dense, x_pruned) in enumerate(zip(dense_stream, pruned_stream, strict=True)):
+            with dense():
+                stack.run(index, batch, x_dense)
+            target = (x_dense - x_pruned).flatten(0, 1).to(layer.weight.device, torch.float32)  # [B T, d]
+            for w in writers[: position + 1]:
+                target += w.factor * seen[w.layer.name][1].reshape(target.shape)
+            stack.run(index, batch, x_pruned)
+            for w in writers[:position]:
+                target -= w.factor * seen[w.layer.name][1].reshape(target.shape)
+            h, mask = seen[layer.name][0], stack.masks[batch]
+            rows = slice(None) if mask is None else mask.reshape(-1)
+            moments.add(h.reshape(-1, h.shape[-1])[rows], target[rows] / writer.factor)
+    return moments
+
+
+def _solve(
+    planned: PlannedLayer, layer: Layer, moments: Moments, g: Tensor, pattern: Pattern | None
+) -> tuple[PlannedLayer, Refitted]:
+    """The new weights, mask and bias of one writer under the metric G [out, out]."""
+    hh, th, tt = moments.means(centred=layer.bias is not None)
+    present = layer.weight.float()
+    ridge = RIDGE * hh.diagonal().mean()
+    a = shifted(hh, ridge)
+    wanted = (th + ridge * present) @ inverse_from_cholesky(a)
+    curvature = Kronecker(a, g)
+    selection = select(wanted, curvature, pattern or Unstructured(planned.sparsity))
+    weight = compensate(wanted, curvature, selection.mask, selection.start).weight.to(layer.weight.dtype)
+    bias = layer.bias
+    if bias is not None:
+        bias = ((moments.t - weight.float() @ moments.h) / moments.tokens).to(bias.dtype)
+
+    def error(x: Tensor) -> float:
+        return 0.5 * float((g * (tt - 2 * x @ th.T + x @ hh @ x.T)).sum())
+
+    record = Refitted(layer.name, error(present), error(weight.float()))
+    return replace(planned, weight=weight, bias=bias, mask=selection.mask), record
