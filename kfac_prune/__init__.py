@@ -6,7 +6,8 @@
     factors = estimate_factors(model, layers, windows)
     plan = make_plan(layers, factors, sparsity=0.5)      # nothing has changed yet
     print(plan.table())
-    prune(layers, plan)                                  # in place
+    dense = prune(layers, plan)                          # in place
+    plan, _ = refit(model, layers, plan, factors, windows, dense.swapped_in)
     save_model(model, tokenizer, Path("pruned"))
 
 ``run(Recipe(model=..., data=..., out=...))`` is all of it with measurement, as the command line does it.
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
     from kfac_prune.curvature.estimate import Factors, estimate_factors
     from kfac_prune.data import Windows, load_windows
     from kfac_prune.errors import InputError
-    from kfac_prune.evaluate import Quality, evaluate
     from kfac_prune.export import save_model
     from kfac_prune.models import load_model, load_tokenizer, prunable_layers
     from kfac_prune.obs import NM
     from kfac_prune.operators import Damping
     from kfac_prune.pipeline import run
     from kfac_prune.plan import Plan, make_plan, prune
+    from kfac_prune.quality import Quality, evaluate
+    from kfac_prune.refitting import refit
 
 _HOME = {
     "Damping": "operators",
@@ -34,17 +36,18 @@ _HOME = {
     "InputError": "errors",
     "NM": "obs",
     "Plan": "plan",
-    "Quality": "evaluate",
+    "Quality": "quality",
     "Recipe": "config",
     "Windows": "data",
     "estimate_factors": "curvature.estimate",
-    "evaluate": "evaluate",
+    "evaluate": "quality",
     "load_model": "models",
     "load_tokenizer": "models",
     "load_windows": "data",
     "make_plan": "plan",
     "prunable_layers": "models",
     "prune": "plan",
+    "refit": "refitting",
     "run": "pipeline",
     "save_model": "export",
 }
@@ -66,6 +69,7 @@ __all__ = [
     "make_plan",
     "prunable_layers",
     "prune",
+    "refit",
     "run",
     "save_model",
 ]

@@ -93,7 +93,11 @@ def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], 
     text = field.metadata["help"].replace("%", "%%")
     kind = str(field.type).replace(" | None", "")
     if kind == "bool":
-        parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=f"{text}; default: off")
+        if field.default is None:  # on or off by a rule that the help states
+            action: Any = argparse.BooleanOptionalAction
+        else:
+            action, text = "store_true", f"{text}; default: off"
+        parser.add_argument(flag, action=action, default=argparse.SUPPRESS, help=text)
         return
     if field.default not in ("", (), None):
         text += f"; default: {field.default}"

@@ -85,6 +85,11 @@ class Recipe:
         "threshold; default: curves for kfac and unstructured, else uniform",
         choices=("curves", "uniform", "global"),
     )
+    refit: bool | None = _option(
+        None,
+        "after pruning, refit the layers that write into the residual stream to what the dense model has there, masks "
+        "chosen anew; default: on for kfac and layerwise, off for obd and magnitude",
+    )
     include: tuple[str, ...] = _option(
         (), "only prune layers whose name matches this shell pattern (repeatable); default: all"
     )
@@ -136,15 +141,15 @@ class Recipe:
                 raise InputError(f"pattern {self.pattern} fixes every layer's sparsity; allocation can only be uniform")
 
     def resolved(self) -> Recipe:
-        """The same recipe with sparsity and allocation filled in."""
+        """The same recipe with sparsity, allocation and refit filled in."""
         groups = parse_pattern(self.pattern)
         if groups:
-            return dataclasses.replace(self, sparsity=1 - groups[0] / groups[1], allocation="uniform")
-        return dataclasses.replace(
-            self,
-            sparsity=0.5 if self.sparsity is None else self.sparsity,
-            allocation=self.allocation or ALLOCATIONS[self.method][0],
-        )
+            sparsity, allocation = 1 - groups[0] / groups[1], "uniform"
+        else:
+            sparsity = 0.5 if self.sparsity is None else self.sparsity
+            allocation = self.allocation or ALLOCATIONS[self.method][0]
+        refit = self.method in ("kfac", "layerwise") if self.refit is None else self.refit
+        return dataclasses.replace(self, sparsity=sparsity, allocation=allocation, refit=refit)
 
     def to_yaml(self) -> str:
         """The recipe as YAML, one field per line."""
@@ -153,7 +158,7 @@ class Recipe:
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """Reads ``pattern: 2:4`` as text; YAML 1.1 has it as the number 124, written to base 60."""
+    """Reads ``pattern: 2:4`` as text; to YAML 1.1 it is the number 124, written to base 60."""
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
         """The tag of a node."""

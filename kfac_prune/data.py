@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_TEXT_BYTES = 16 * 2**20  # of UTF-8, per source
+MAX_TOKENS = 2**31  # in a set of windows: 16 GiB
 MAX_JSON_BYTES = 16 * MAX_TEXT_BYTES  # a .json list can only be parsed whole, which costs a few times its size
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 LINES_SUFFIXES = (".jsonl", ".ndjson")
@@ -276,6 +277,8 @@ def _check_size(count: int, seqlen: int) -> None:
         raise InputError(f"--samples is {count}: at least 1 window is needed")
     if seqlen < 2:
         raise InputError(f"--seqlen is {seqlen}: a window needs at least 2 tokens, one to predict from the other")
+    if count * seqlen > MAX_TOKENS:
+        raise InputError(f"{count} windows of {seqlen} are {count * seqlen} tokens; at most {MAX_TOKENS} are used")
 
 
 def sample_windows(stream: Tensor, count: int, seqlen: int, seed: int, *, name: str = "the text") -> Windows:

@@ -15,13 +15,14 @@ from kfac_prune.config import Recipe, parse_pattern
 from kfac_prune.curvature.estimate import estimate_factors
 from kfac_prune.data import Windows, consecutive_windows, read_documents, sample_windows, token_stream
 from kfac_prune.errors import InputError
-from kfac_prune.evaluate import evaluate
 from kfac_prune.export import save_model, verify_saved
 from kfac_prune.inspect_model import coverage
 from kfac_prune.models import context_length, load_config, load_model, load_tokenizer, prunable_layers
 from kfac_prune.obs import NM
 from kfac_prune.operators import Damping
 from kfac_prune.plan import make_plan, prune
+from kfac_prune.quality import evaluate
+from kfac_prune.refitting import Refitted, refit
 from kfac_prune.report import Stages, model_card, result_record, summary
 from kfac_prune.store import check_output, new_folder
 
@@ -87,9 +88,25 @@ def run(recipe: Recipe, *, echo: Callable[[str], None] = logger.info, quiet: boo
             quiet=quiet,
         )
         echo(plan.table())
-    with stages("measure"):
+    with stages("measure dense"):
         dense_quality = evaluate(model, held_out, batch_size=recipe.batch_size, quiet=quiet, label="dense")
-        dense = prune(layers, plan)
+    dense = prune(layers, plan)
+    refitted: list[Refitted] = []
+    if recipe.refit and plan.sparsity > 0:
+        with stages("refit"):
+            plan, refitted = refit(
+                model,
+                layers,
+                plan,
+                factors,
+                calibration,
+                dense.swapped_in,
+                pattern=NM(*groups) if groups else None,
+                damping=Damping(recipe.damping),
+                batch_size=recipe.batch_size,
+                quiet=quiet,
+            )
+    with stages("measure pruned"):
         pruned_quality = evaluate(
             model, held_out, dense=dense.swapped_in, batch_size=recipe.batch_size, quiet=quiet, label="pruned"
         )
@@ -98,7 +115,7 @@ def run(recipe: Recipe, *, echo: Callable[[str], None] = logger.info, quiet: boo
         with stages("save"):
             save_model(model, tokenizer, folder)
             verify_saved(model, folder, trust_remote_code=recipe.trust_remote_code)
-        record = result_record(recipe, plan, factors, dense_quality, pruned_quality, stages, covered)
+        record = result_record(recipe, plan, factors, dense_quality, pruned_quality, refitted, stages, covered)
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         (folder / "kfac_prune.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card(recipe, record), encoding="utf-8")

@@ -6,7 +6,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -17,8 +17,9 @@ import torch
 
 from kfac_prune.config import Recipe
 from kfac_prune.curvature.estimate import Factors
-from kfac_prune.evaluate import Quality
 from kfac_prune.plan import Plan
+from kfac_prune.quality import Quality
+from kfac_prune.refitting import Refitted
 
 #: Of kfac_prune.json; rises when a field changes its meaning.
 FORMAT_VERSION = 1
@@ -67,7 +68,14 @@ def versions() -> dict[str, str]:
 
 
 def result_record(
-    recipe: Recipe, plan: Plan, factors: Factors, dense: Quality, pruned: Quality, stages: Stages, covered: float
+    recipe: Recipe,
+    plan: Plan,
+    factors: Factors,
+    dense: Quality,
+    pruned: Quality,
+    refitted: Sequence[Refitted],
+    stages: Stages,
+    covered: float,
 ) -> dict[str, Any]:
     """The content of kfac_prune.json.
 
@@ -77,6 +85,7 @@ def result_record(
         factors: it was made from.
         dense: quality before.
         pruned: quality after, with KL.
+        refitted: what the residual refit did, empty if it was off.
         stages: of the run.
         covered: fraction of the model's parameters that are in the plan's layers.
     """
@@ -94,7 +103,7 @@ def result_record(
         "evaluation_tokens": pruned.tokens,
         "loss_increase": pruned.loss - dense.loss,
         "kl_measured": pruned.kl,
-        "kl_predicted": plan.predicted,
+        "kl_predicted": plan.predicted,  # by the plan, before any refit
         "damping": recipe.damping,
         "layers": {
             layer.name: {
@@ -107,6 +116,7 @@ def result_record(
             }
             for layer in plan.layers
         },
+        "refit": {r.name: {"loss_before": r.before, "loss_after": r.after} for r in refitted},
         "stages": stages.records,
         "versions": versions(),
         "device": recipe.device,

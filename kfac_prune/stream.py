@@ -80,11 +80,31 @@ class BlockStack:
             for handle in handles:
                 handle.remove()
 
-    def run(self, block: int, batch: int, stream: Tensor) -> Tensor:
-        """The stream [B, T, d] after a block, on the model's device."""
+    def run(self, block: int, batch: int, stream: Tensor, *, until: Layer | None = None) -> Tensor:
+        """The stream [B, T, d] after a block, on the model's device.
+
+        With ``until`` the block's forward pass ends once that layer has run, and the stream comes back as it was: for
+        those who only look at what ``observed`` saw.
+        """
         call = self._calls[batch][block]
-        output: Tensor | tuple[Tensor, ...] = self.blocks[block](stream.to(self._device), *call.args, **call.kwargs)
+        handle = None if until is None else until.module.register_forward_hook(_stop)
+        try:
+            output: Tensor | tuple[Tensor, ...]
+            output = self.blocks[block](stream.to(self._device), *call.args, **call.kwargs)
+        except _Stopped:
+            return stream
+        finally:
+            if handle is not None:
+                handle.remove()
         return output[0] if isinstance(output, tuple) else output
+
+
+class _Stopped(Exception):
+    """Raised by a hook to end a block's forward pass."""
+
+
+def _stop(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    raise _Stopped
 
 
 def find_blocks(model: nn.Module, layers: Sequence[Layer]) -> tuple[list[str], list[nn.Module]]:

@@ -21,11 +21,11 @@ from transformers.utils import logging
 from kfac_prune.config import parse_pattern
 from kfac_prune.curvature.estimate import estimate_factors
 from kfac_prune.data import Windows, consecutive_windows, read_documents, sample_windows, token_stream
-from kfac_prune.evaluate import Quality, evaluate
 from kfac_prune.models import WeightSwap, context_length, load_model, load_tokenizer, prunable_layers
 from kfac_prune.obs import NM
 from kfac_prune.plan import loss_curves, make_plan, prune
-from kfac_prune.refit import refit
+from kfac_prune.quality import Quality, evaluate
+from kfac_prune.refitting import refit
 from kfac_prune.report import peak_memory_bytes, versions
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -73,7 +73,7 @@ class FactorCapture:
     inputs: dict[str, InputMoments] = field(default_factory=dict)
     gradients: dict[str, GradientMoments] = field(default_factory=dict)
     token_mask: Tensor | None = None
-    _last: tuple[str, Tensor] | None = None
+    _last: tuple[str, Tensor, int] | None = None
     _reads_with: dict[str, str] = field(default_factory=dict)  # layer -> the layer whose InputMoments it shares
 
     @contextmanager
@@ -103,7 +103,9 @@ class FactorCapture:
         return [layer.module.register_forward_pre_hook(before), layer.module.register_forward_hook(after)]
 
     def _see_input(self, name: str, x: Tensor) -> None:
-        owner = self._last[0] if self._last is not None and self._last[1] is x else None
+        owner = None
+        if self._last is not None and self._last[1] is x and self._last[2] == x._version:  # not written to since
+            owner = self._last[0]
         if name not in self.inputs:
             if owner is not None:
                 self._reads_with[name] = owner
@@ -115,7 +117,7 @@ class FactorCapture:
             if owner != self._reads_with[name]:
                 raise RuntimeError(f"layer {name} read the same tensor as {self._reads_with[name]}, and now another")
             return  # the owner has added these rows
-        self._last = (name, x)
+        self._last = (name, x, x._version)
         with torch.no_grad():
             self.inputs[name].add(self._rows(name, x))
 

@@ -64,7 +64,10 @@ class LayerFactors:
             floor = torch.finfo(dtype).tiny
             h = torch.outer(self.g.diagonal(), self.a.diagonal()).to(dtype).clamp_min(floor)
             return Diagonal(h), []
-        a = self.a - torch.outer(self.mean, self.mean) if self.has_bias else self.a
+        a = self.a
+        if self.has_bias:  # in float64: the difference is small where the mean is large
+            mean = self.mean.double()
+            a = a.double() - torch.outer(mean, mean)
         a, record_a = damping(a.to(dtype), name="A", where=where)
         if method == "layerwise":
             return Kronecker(a, None, out_features=shape[0]), [record_a]

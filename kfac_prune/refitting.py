@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from kfac_prune.curvature.estimate import Factors
 from kfac_prune.data import Windows
 from kfac_prune.linalg import inverse_from_cholesky, shifted
-from kfac_prune.models import Layer
+from kfac_prune.models import Layer, prunable_layers
 from kfac_prune.obs import Pattern, Unstructured, compensate, select
 from kfac_prune.operators import Damping, Kronecker
 from kfac_prune.plan import Plan, PlannedLayer
@@ -129,54 +129,58 @@ def refit(
     with dense():
         stack = BlockStack(model, layers, windows, batch_size)
     planned = {layer.name: layer for layer in plan.layers}
+    linear = prunable_layers(model)
     dense_stream, pruned_stream = list(stack.entries), list(stack.entries)
     records: list[Refitted] = []
     for index, block in enumerate(tqdm(stack.names, desc="refit", unit="block", disable=quiet)):
-        mine = [layer for layer in layers if layer.name.startswith(f"{block}.") and layer.name in planned]
         with dense():
-            writers = find_writers(stack, index, dense_stream[0], mine)
-        if mine and not writers:
+            inside = [layer for layer in linear if layer.name.startswith(f"{block}.")]
+            writers = find_writers(stack, index, dense_stream[0], inside)
+            goals, dense_stream = _dense_pass(stack, index, writers, dense_stream)
+        if inside and not writers:
             logger.warning(
-                "refit: no sum of layer outputs is what %s adds to the residual stream; left as it is", block
+                "refit: %s adds to the residual stream what no sum of its layers gives; left as it is", block
             )
-        for position in range(len(writers)):
-            moments = _moments(stack, index, writers, position, dense_stream, pruned_stream, dense)
-            layer = writers[position].layer
-            g, _ = damping(factors.layers[layer.name].g, name="G", where=layer.name)
-            planned[layer.name], record = _solve(planned[layer.name], layer, moments, g, pattern)
-            layer.assign(planned[layer.name].weight, planned[layer.name].bias)
-            records.append(record)
+        for position, writer in enumerate(writers):
+            name = writer.layer.name
+            if name in planned:
+                moments = _moments(stack, index, writers[: position + 1], goals[position], pruned_stream)
+                g, _ = damping(factors.layers[name].g, name="G", where=name)
+                planned[name], record = _solve(planned[name], writer.layer, moments, g, pattern)
+                writer.layer.assign(planned[name].weight, planned[name].bias)
+                records.append(record)
         with torch.no_grad():
-            for batch, stream in enumerate(pruned_stream):
-                pruned_stream[batch] = stack.run(index, batch, stream).cpu()
-            with dense():
-                for batch, stream in enumerate(dense_stream):
-                    dense_stream[batch] = stack.run(index, batch, stream).cpu()
+            pruned_stream = [stack.run(index, batch, stream).cpu() for batch, stream in enumerate(pruned_stream)]
     return replace(plan, layers=tuple(planned[layer.name] for layer in plan.layers)), records
 
 
+def _dense_pass(
+    stack: BlockStack, index: int, writers: Sequence[Writer], streams: Sequence[Tensor]
+) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """The dense stream after every writer, [writer][batch] of [B, T, d], and after the block, all on CPU."""
+    goals: list[list[Tensor]] = [[] for _ in writers]
+    after = []
+    with torch.no_grad(), observed([w.layer for w in writers]) as seen:
+        for batch, stream in enumerate(streams):
+            after.append(stack.run(index, batch, stream).cpu())
+            for goal, writer in zip(goals, writers, strict=True):
+                stream = stream + writer.factor * seen[writer.layer.name][1].cpu().reshape(stream.shape)
+                goal.append(stream)
+    return goals, after
+
+
 def _moments(
-    stack: BlockStack,
-    index: int,
-    writers: Sequence[Writer],
-    position: int,
-    dense_stream: Sequence[Tensor],
-    pruned_stream: Sequence[Tensor],
-    dense: Callable[[], AbstractContextManager[None]],
+    stack: BlockStack, index: int, writers: Sequence[Writer], goals: Sequence[Tensor], streams: Sequence[Tensor]
 ) -> Moments:
-    """Moments of one writer's input and target, over all batches."""
-    writer = writers[position]
+    """Moments over all batches of the last writer's input, and of its target: goal − pruned stream before it."""
+    *earlier, writer = writers
     layer = writer.layer
     moments = Moments.zeros(layer.shape, layer.weight.device)
     with torch.no_grad(), observed([w.layer for w in writers]) as seen:
-        for batch, (x_dense, x_pruned) in enumerate(zip(dense_stream, pruned_stream, strict=True)):
-            with dense():
-                stack.run(index, batch, x_dense)
-            target = (x_dense - x_pruned).flatten(0, 1).to(layer.weight.device, torch.float32)  # [B T, d]
-            for w in writers[: position + 1]:
-                target += w.factor * seen[w.layer.name][1].reshape(target.shape)
-            stack.run(index, batch, x_pruned)
-            for w in writers[:position]:
+        for batch, (goal, stream) in enumerate(zip(goals, streams, strict=True)):
+            stack.run(index, batch, stream, until=layer)
+            target = (goal - stream).flatten(0, 1).to(layer.weight.device, torch.float32)  # [B T, d]
+            for w in earlier:
                 target -= w.factor * seen[w.layer.name][1].reshape(target.shape)
             h, mask = seen[layer.name][0], stack.masks[batch]
             rows = slice(None) if mask is None else mask.reshape(-1)

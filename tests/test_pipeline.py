@@ -1,0 +1,661 @@
+"""Whole runs on tiny models: what is written, what it holds, and that it can be repeated."""
+
+import dataclasses
+import inspect
+import json
+import math
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.pytorch_utils import Conv1D
+
+import kfac_prune
+from kfac_prune import pipeline
+from kfac_prune.config import METHODS, Recipe, read_recipe
+from kfac_prune.errors import InputError
+from kfac_prune.models import prunable_layers
+from kfac_prune.pipeline import load_data, run
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz .\n"
+VOCABULARY = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *LETTERS])}
+SHARED = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2}
+WRITTEN = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} | {
+    "recipe.yaml",
+    "kfac_prune.json",
+    "README.md",
+}
+
+
+def letter_tokenizer():
+    core = Tokenizer(WordLevel(vocab=VOCABULARY, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def llama(**changes):
+    """Grouped-query attention, gated FFN, tied embeddings, no biases."""
+    options = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.3,
+    }
+    return LlamaForCausalLM(LlamaConfig(**SHARED, **(options | changes)))
+
+
+def gpt2():
+    """Conv1D layers, whose weight is [in, out], with biases, tied."""
+    return GPT2LMHeadModel(GPT2Config(**SHARED, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2))
+
+
+def opt():
+    """nn.Linear with biases, tied, ReLU."""
+    options = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return OPTForCausalLM(
+        OPTConfig(**SHARED, **options, max_position_embeddings=64, word_embed_proj_dim=32, init_std=0.2, dropout=0.0)
+    )
+
+
+def save(build, folder, seed=0):
+    """A model with random weights (and biases, which start at zero) and its tokenizer."""
+    torch.manual_seed(seed)
+    model = build()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.3)
+    model.save_pretrained(folder)
+    letter_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Folders llama, gpt2 and opt, and text.txt of 11,000 letters."""
+    root = tmp_path_factory.mktemp("inputs")
+    for build in (llama, gpt2, opt):
+        save(build, root / build.__name__)
+    rng = random.Random(0)
+    words = ["".join(rng.choices(LETTERS[:12], k=rng.randint(2, 6))) for _ in range(40)]
+    (root / "text.txt").write_text(" ".join(rng.choices(words, k=2200)), encoding="utf-8")
+    return root
+
+
+@pytest.fixture
+def recipe(place, tmp_path):
+    """Makes small recipes that write to tmp_path."""
+
+    def make(model="llama", **fields):
+        default = {"model": str(place / model), "data": str(place / "text.txt"), "out": str(tmp_path / "out")}
+        return Recipe(**{**default, "samples": 48, "eval_samples": 16, "seqlen": 16, **fields})
+
+    return make
+
+
+def matrices(model):
+    """Every block-linear weight as [out, in], by name; found without the library."""
+    return {
+        name: module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and name != "lm_head"
+    }
+
+
+def group_counts(weight, m):
+    """Non-zeros of every group of m in a row, the last group perhaps shorter."""
+    return torch.cat([(part != 0).sum(1) for part in weight.split(m, dim=1)])
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+
+# --- every architecture, method and pattern
+
+
+CASES = [
+    (model, method, pattern)
+    for model in ("llama", "gpt2", "opt")
+    for method in METHODS
+    for pattern in ("unstructured", "2:4")
+]
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def case(request, place, tmp_path_factory):
+    """One finished run and both models, loaded from their folders."""
+    model, method, pattern = request.param
+    out = tmp_path_factory.mktemp("run") / "out"
+    lines = []
+    made = Recipe(
+        model=str(place / model),
+        data=str(place / "text.txt"),
+        out=str(out),
+        method=method,
+        pattern=pattern,
+        samples=48,
+        eval_samples=16,
+        seqlen=16,
+    )
+    record = run(made, echo=lines.append)
+    return SimpleNamespace(
+        recipe=made, record=record, out=out, lines=lines, dense=load(place / model), pruned=load(out)
+    )
+
+
+def test_folder_is_complete_and_plain(case):
+    assert WRITTEN <= {file.name for file in case.out.iterdir()}
+    assert [file.name for file in case.out.parent.iterdir()] == ["out"]
+    config = json.loads((case.out / "config.json").read_text())
+    assert not {"sparsity_config", "quantization_config", "compression_config"} & config.keys()
+    before = json.loads((Path(case.recipe.model) / "config.json").read_text())
+    assert {k: v for k, v in config.items() if k != "_name_or_path"} == before
+    assert json.loads((case.out / "kfac_prune.json").read_text()) == case.record
+    words = "the cat sat."
+    assert AutoTokenizer.from_pretrained(case.out)(words).input_ids == letter_tokenizer()(words).input_ids
+
+
+def test_sparsity_is_what_was_asked(case):
+    weights = matrices(case.pruned)
+    assert weights.keys() == case.record["layers"].keys()
+    zeros = {name: int((w == 0).sum()) for name, w in weights.items()}
+    for name, weight in weights.items():
+        entry = case.record["layers"][name]
+        assert entry["shape"] == list(weight.shape)
+        assert zeros[name] == round(entry["sparsity"] * weight.numel())
+        if case.record["allocation"] == "uniform":
+            assert zeros[name] == weight.numel() // 2
+    total = sum(w.numel() for w in weights.values())
+    # every layer rounds to whole weights
+    assert abs(sum(zeros.values()) - total / 2) <= len(weights) / 2
+    assert case.record["sparsity"] == pytest.approx(sum(zeros.values()) / total, abs=1e-12)
+    assert case.record["parameters_covered"] == pytest.approx(total / case.dense.num_parameters())
+
+
+def test_groups_are_valid_on_every_layer(case):
+    if case.recipe.pattern == "2:4":
+        for name, weight in matrices(case.pruned).items():
+            assert (group_counts(weight, 4) == 2).all(), name
+            assert case.record["layers"][name]["groups_fit"] is True
+
+
+def test_everything_else_is_untouched(case):
+    compensated = case.recipe.method in ("kfac", "layerwise")
+    layers = case.record["layers"]
+    dense, pruned = case.dense.state_dict(), case.pruned.state_dict()
+    assert dense.keys() == pruned.keys()
+    for name, value in dense.items():
+        layer, _, kind = name.rpartition(".")
+        changed = not torch.equal(value, pruned[name])
+        assert pruned[name].dtype == value.dtype
+        assert changed == (layer in layers and (kind == "weight" or compensated)), name
+
+
+def test_ties_are_kept(case):
+    for model in (case.dense, case.pruned):
+        assert model.config.tie_word_embeddings
+        assert model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
+    stored = load_file(case.out / "model.safetensors")
+    assert "lm_head.weight" not in stored
+    assert stored.keys() == load_file(Path(case.recipe.model) / "model.safetensors").keys()
+
+
+def held_out(made, tokenizer):
+    """The first windows of the last tenth: [N, T]."""
+    ids = tokenizer(Path(made.data).read_text(encoding="utf-8"), add_special_tokens=False).input_ids
+    held = ids[len(ids) - len(ids) // 10 :]
+    count = min(made.eval_samples, len(held) // made.seqlen)
+    return torch.tensor(held[: count * made.seqlen]).view(count, made.seqlen)
+
+
+@torch.no_grad()
+def loss_and_kl(model, dense, ids):
+    """In float64 from the logits, in nats per predicted token."""
+    q, p = (one(input_ids=ids).logits[:, :-1].double().log_softmax(-1) for one in (model, dense))
+    loss = cross_entropy(q.flatten(0, 1), ids[:, 1:].flatten())
+    return float(loss), float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_recorded_figures_are_those_of_the_saved_model(case):
+    ids = held_out(case.recipe, AutoTokenizer.from_pretrained(case.out))
+    loss, kl = loss_and_kl(case.pruned, case.dense, ids)
+    dense_loss, _ = loss_and_kl(case.dense, case.dense, ids)
+    record = case.record
+    assert record["evaluation_tokens"] == ids[:, 1:].numel()
+    assert record["pruned"]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert record["dense"]["loss"] == pytest.approx(dense_loss, rel=1e-5)
+    assert record["loss_increase"] == pytest.approx(loss - dense_loss, abs=1e-5)
+    assert record["pruned"]["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert record["kl_measured"] == pytest.approx(kl, rel=1e-3)
+
+
+def test_predictions_are_finite_and_solutions_near_optimal(case):
+    layers = case.record["layers"].values()
+    assert all(math.isfinite(entry["predicted_loss"]) and entry["predicted_loss"] >= 0 for entry in layers)
+    assert case.record["kl_predicted"] == pytest.approx(sum(entry["predicted_loss"] for entry in layers))
+    assert case.record["kl_predicted"] > 0
+    assert all(0 <= entry["kkt_residual"] <= 0.2 for entry in layers)
+    if case.recipe.method in ("obd", "magnitude"):  # nothing couples the weights: nothing to compensate
+        assert all(entry["kkt_residual"] == 0 for entry in layers)
+
+
+def test_stages_are_told_in_order(case):
+    assert [line[2:] for line in case.lines if line.startswith("- ")] == list(case.record["stages"])
+    refit = ["refit"] if case.recipe.method in ("kfac", "layerwise") else []
+    assert list(case.record["stages"]) == [
+        "load",
+        "curvature",
+        "plan",
+        "measure dense",
+        *refit,
+        "measure pruned",
+        "save",
+    ]
+    assert case.lines[-1] == f"saved to {case.out}"
+
+
+def test_model_card_tells_what_was_done(case):
+    card = (case.out / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert f"method `{case.recipe.method}`" in card
+    assert ("in the pattern 2:4" in card) == (case.recipe.pattern == "2:4")
+    assert f"{case.record['kl_measured']:.4f}" in card
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("model", ["llama", "gpt2", "opt"])
+def test_more_curvature_costs_less(model, pattern, recipe):
+    """On held-out text, K-FAC and the layer-wise method beat magnitude; under its own curvature K-FAC beats all."""
+    records = {m: run(recipe(model, method=m, pattern=pattern, overwrite=True)) for m in METHODS}
+    measured = {m: r["kl_measured"] for m, r in records.items()}
+    predicted = {m: r["kl_predicted"] for m, r in records.items()}
+    assert measured["kfac"] < measured["layerwise"] < measured["magnitude"]
+    assert min(predicted, key=predicted.get) == "kfac"
+
+
+# --- the simple methods against a few lines of torch
+
+
+def kept_of(scores, pattern):
+    """The best half of a layer, or of every group of four."""
+    if pattern == "2:4":
+        order = scores.reshape(-1, 4).argsort(dim=1).argsort(dim=1)
+        return (order >= 2).reshape(scores.shape)
+    mask = torch.zeros(scores.numel(), dtype=torch.bool)
+    mask[scores.flatten().argsort(descending=True)[: scores.numel() // 2]] = True
+    return mask.view(scores.shape)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("model", ["llama", "gpt2", "opt"])
+def test_magnitude_is_layerwise_magnitude(model, pattern, recipe):
+    made = recipe(model, method="magnitude", pattern=pattern)
+    run(made)
+    pruned = matrices(load(made.out))
+    for name, weight in matrices(load(made.model)).items():
+        assert torch.equal(pruned[name], weight * kept_of(weight.abs(), pattern)), name
+
+
+def test_global_magnitude_has_one_threshold(recipe):
+    made = recipe(method="magnitude", allocation="global", sparsity=0.6)
+    record = run(made)
+    dense, pruned = (torch.cat([w.flatten() for w in matrices(load(f)).values()]) for f in (made.model, made.out))
+    smallest = dense[pruned != 0].abs().min()
+    assert record["sparsity"] == pytest.approx(0.6, abs=1e-3)
+    # layers round to whole weights, so a weight on either side of the threshold may be on the wrong one
+    assert int((dense[pruned == 0].abs() > smallest).sum()) <= len(record["layers"])
+    assert len({round(entry["sparsity"], 2) for entry in record["layers"].values()}) > 1
+
+
+def diagonal_scores(model, windows):
+    """w² · E[g²] · E[a²] from the gradients of the text's own labels, up to one constant per layer."""
+    seen = {}
+
+    def watch(name):
+        def hook(module, args, output):
+            a = args[0].detach().flatten(0, -2).double().square().sum(0)
+            output.register_hook(lambda g: seen.__setitem__(name, (a, g.flatten(0, -2).double().square().sum(0))))
+
+        return hook
+
+    layers = matrices(model)
+    for name in layers:
+        model.get_submodule(name).register_forward_hook(watch(name))
+    logits = model(input_ids=windows).logits[:, :-1]
+    cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum").backward()
+    return {name: w.double().square() * torch.outer(seen[name][1], seen[name][0]) for name, w in layers.items()}
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("model", ["llama", "gpt2", "opt"])
+def test_obd_removes_the_smallest_diagonal_saliencies(model, pattern, recipe):
+    made = recipe(model, method="obd", pattern=pattern, fisher="empirical")
+    run(made)
+    dense, pruned = load(made.model), matrices(load(made.out))
+    calibration, _ = load_data(made, AutoTokenizer.from_pretrained(made.model))
+    for name, scores in diagonal_scores(dense, calibration.input_ids).items():
+        mask = pruned[name] != 0
+        assert torch.equal(pruned[name], matrices(dense)[name] * mask), name  # nothing is compensated
+        parts = [(scores, mask)]
+        if pattern == "2:4":
+            parts = zip(scores.reshape(-1, 4), mask.reshape(-1, 4), strict=True)
+        for part, kept in parts:
+            assert part[~kept].max() <= part[kept].min() * (1 + 1e-4), name
+
+
+# --- repeating a run
+
+
+def bytes_of(folder):
+    return (Path(folder) / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("model", ["llama", "gpt2", "opt"])
+def test_same_seed_gives_same_bytes(model, pattern, recipe, tmp_path):
+    first = recipe(model, pattern=pattern, seed=3)
+    one = run(first)
+    torch.manual_seed(99)  # the global generator has no part in it
+    two = run(dataclasses.replace(first, out=str(tmp_path / "again")))
+    assert bytes_of(first.out) == bytes_of(tmp_path / "again")
+    for record in (one, two):
+        del record["stages"]
+    assert one == two
+    run(dataclasses.replace(first, out=str(tmp_path / "other"), seed=4))
+    assert bytes_of(first.out) != bytes_of(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"pattern": "1:4", "ignore": ("*.0.*",), "damping": 0.1, "fisher": "empirical"},
+        {"method": "magnitude", "allocation": "global", "sparsity": 0.3, "eval_samples": 3},
+        {"method": "layerwise", "dtype": "bfloat16", "separator": ".", "include": ("*.mlp.*", "*o_proj")},
+    ],
+    ids=str,
+)
+def test_the_recipe_beside_the_result_repeats_it(fields, recipe, tmp_path):
+    made = recipe(**fields)
+    run(made)
+    again = Recipe(**{**read_recipe(str(Path(made.out) / "recipe.yaml")), "out": str(tmp_path / "again")})
+    assert dataclasses.replace(again, out=made.out) == dataclasses.replace(made.resolved(), device=again.device)
+    run(again)
+    assert bytes_of(made.out) == bytes_of(tmp_path / "again")
+
+
+# --- options
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "empirical"])
+def test_seed_draws_the_labels_too(fisher, recipe, place, tmp_path):
+    """A text of 17 tokens has one window of 16, so only sampled labels can differ from seed to seed."""
+    (tmp_path / "short.txt").write_text("abcd efgh jkl abc")
+    made = recipe(data=str(tmp_path / "short.txt"), eval_data=str(place / "text.txt"), fisher=fisher, samples=4)
+    results = []
+    for seed in (0, 1):
+        run(dataclasses.replace(made, out=str(tmp_path / f"seed{seed}"), seed=seed))
+        results.append(bytes_of(tmp_path / f"seed{seed}"))
+    assert (results[0] == results[1]) == (fisher == "empirical")
+
+
+def test_damping_reaches_every_factor(recipe, tmp_path):
+    results = []
+    for damping in (0.03, 0.3):
+        out = str(tmp_path / str(damping))
+        record = run(recipe(pattern="2:4", damping=damping, out=out))
+        used = [(d["factor"], d["relative"]) for entry in record["layers"].values() for d in entry["damping"]]
+        assert used == [("A", damping), ("G", damping)] * len(record["layers"])
+        results.append(bytes_of(out))
+    assert results[0] != results[1]
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "3:7", "1:50"])
+def test_width_that_is_no_multiple_of_m_is_reported_and_valid(pattern, recipe, tmp_path):
+    n, m = map(int, pattern.split(":"))
+    folder = save(lambda: llama(intermediate_size=50), tmp_path / "wide")
+    lines = []
+    made = recipe(model=str(folder), pattern=pattern)
+    record = run(made, echo=lines.append)
+    for name, weight in matrices(load(made.out)).items():
+        entry, width = record["layers"][name], weight.shape[1]
+        assert entry["groups_fit"] == (width % m == 0), name
+        assert width == (50 if "down_proj" in name else 32)
+        counts = group_counts(weight, m)
+        assert int(counts.max()) <= n, name
+        # full groups keep exactly n, the last one what it can
+        assert int(counts.sum()) == weight.shape[0] * (width // m * n + min(width % m, n)), name
+    table = next(line for line in lines if line.startswith("layer"))
+    noted = [row.split()[0] for row in table.splitlines() if "no multiple of m" in row]
+    assert noted == [name for name, entry in record["layers"].items() if not entry["groups_fit"]]
+    assert noted
+
+
+def test_ignored_layers_stay_bit_identical(recipe):
+    made = recipe(ignore=("*.mlp.*", "model.layers.1.self_attn.q_proj"))
+    record = run(made)
+    dense, pruned = matrices(load(made.model)), matrices(load(made.out))
+    for name, weight in dense.items():
+        ignored = ".mlp." in name or name == "model.layers.1.self_attn.q_proj"
+        assert (name not in record["layers"]) == ignored
+        assert torch.equal(weight, pruned[name]) == ignored, name
+    assert record["sparsity"] == pytest.approx(0.5, abs=1e-3)  # of the layers that take part
+
+
+def test_include_and_ignore_together(recipe):
+    record = run(recipe(include=("*.mlp.*",), ignore=("*down*",)))
+    assert sorted(record["layers"]) == [f"model.layers.{i}.mlp.{k}_proj" for i in (0, 1) for k in ("gate", "up")]
+
+
+@pytest.mark.parametrize("refit", [None, False], ids=["default-refit", "no-refit"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("model", ["llama", "gpt2", "opt"])
+def test_sparsity_zero_changes_no_bit(model, method, refit, recipe):
+    made = recipe(model, sparsity=0, method=method, refit=refit)
+    record = run(made)
+    assert bytes_of(made.out) == bytes_of(made.model)
+    assert record["kl_measured"] == record["kl_predicted"] == record["sparsity"] == 0
+
+
+@pytest.mark.parametrize("sparsity", [0.01, 0.9, 0.99])
+def test_extreme_sparsities(sparsity, recipe):
+    record = run(recipe(sparsity=sparsity))
+    assert record["sparsity"] == pytest.approx(sparsity, abs=1e-3)
+    assert all(entry["sparsity"] < 1 for entry in record["layers"].values())
+    assert math.isfinite(record["kl_measured"])
+
+
+def test_sixteen_bit_model_is_saved_in_sixteen_bits(recipe, tmp_path):
+    made = recipe(dtype="bfloat16", pattern="2:4")
+    record = run(made)
+    stored = load_file(Path(made.out) / "model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.bfloat16}
+    assert all((group_counts(w, 4) <= 2).all() for w in matrices(load(made.out)).values())
+    assert record["sparsity"] == 0.5
+    # and from a checkpoint that is in bfloat16 already, "auto" keeps it
+    run(recipe(model=made.out, out=str(tmp_path / "second"), pattern="2:4", method="magnitude"))
+    assert bytes_of(tmp_path / "second") == bytes_of(made.out)  # what is 2:4 stays as it is
+
+
+# --- output folders
+
+
+def listing(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_existing_output_needs_overwrite(recipe, tmp_path):
+    made = recipe(method="magnitude")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+    with pytest.raises(InputError, match="exists and is not empty"):
+        run(made)
+    assert listing(tmp_path) == {"out/precious.txt": b"mine"}
+    run(dataclasses.replace(made, overwrite=True))
+    assert not (tmp_path / "out" / "precious.txt").exists()
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= WRITTEN
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_empty_folder_and_missing_parents_are_fine(recipe, tmp_path):
+    (tmp_path / "out").mkdir()
+    run(recipe(method="magnitude"))
+    run(recipe(method="magnitude", out=str(tmp_path / "a" / "b" / "c")))
+    assert {p.name for p in (tmp_path / "a" / "b").iterdir()} == {"c"}
+
+
+@pytest.mark.parametrize("stage", ["save_model", "verify_saved", "model_card"])
+@pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()], ids=["error", "interrupt"])
+@pytest.mark.parametrize("existing", [True, False], ids=["existing", "new"])
+def test_failure_while_saving_leaves_everything_as_it_was(stage, error, existing, recipe, tmp_path, monkeypatch):
+    if existing:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "precious.txt").write_text("mine")
+    before = listing(tmp_path)
+    original = getattr(pipeline, stage)
+
+    def fails(*args, **kwargs):
+        original(*args, **kwargs)
+        raise error
+
+    monkeypatch.setattr(pipeline, stage, fails)
+    with pytest.raises(type(error)):
+        run(recipe(method="magnitude", overwrite=True))
+    assert listing(tmp_path) == before
+    assert [p.name for p in tmp_path.iterdir()] == (["out"] if existing else [])
+
+
+def test_a_checkpoint_that_does_not_reload_is_not_kept(recipe, tmp_path, monkeypatch):
+    original = pipeline.save_model
+
+    def loses_a_bit(model, tokenizer, folder):
+        original(model, tokenizer, folder)
+        data = bytearray((folder / "model.safetensors").read_bytes())
+        data[-1] ^= 1
+        (folder / "model.safetensors").write_bytes(bytes(data))
+
+    monkeypatch.setattr(pipeline, "save_model", loses_a_bit)
+    with pytest.raises(RuntimeError, match=r"differs in .* after reloading"):
+        run(recipe(method="magnitude"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_is_noticed_before_the_work(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(pipeline, "estimate_factors", lambda *a, **k: pytest.fail("the work began"))
+    with pytest.raises(InputError, match="GB free; make room"):
+        run(recipe())
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- data
+
+
+@pytest.mark.parametrize("length", [330, 331, 339, 1000, 12_345])
+def test_without_eval_data_the_last_tenth_is_held_out(length, recipe, monkeypatch):
+    monkeypatch.setattr(pipeline, "token_stream", lambda *args: torch.arange(length))  # a token is its position
+    calibration, held = load_data(recipe(samples=500, eval_samples=10_000), letter_tokenizer())
+    used, kept = set(calibration.input_ids.flatten().tolist()), held.input_ids.flatten().tolist()
+    assert not used & set(kept)
+    assert max(used) < min(kept)
+    assert kept == list(range(length - length // 10, length - length // 10 + len(kept)))
+    assert len(kept) == length // 10 // 16 * 16
+
+
+def test_held_out_text_never_reaches_the_factors(recipe, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("abcd" * 900 + "wxyz" * 100)
+    made = recipe(data=str(text), eval_samples=1000)
+    calibration, held = load_data(made, letter_tokenizer())
+    letters = [{LETTERS[i - 3] for i in w.input_ids.unique().tolist()} for w in (calibration, held)]
+    assert letters == [set("abcd"), set("wxyz")]
+    assert held.input_ids.numel() == 400
+    assert run(made)["calibration"]["sha256"] == calibration.sha256()
+
+
+def test_with_eval_data_all_of_data_calibrates(recipe, tmp_path):
+    (tmp_path / "train.txt").write_text("a" * 990 + "b" * 10)
+    (tmp_path / "test.jsonl").write_text(json.dumps({"story": "wxyz" * 40}) + "\n")
+    made = recipe(data=str(tmp_path / "train.txt"), eval_data=str(tmp_path / "test.jsonl"), text_field="story",
+                  samples=2000)  # fmt: skip
+    calibration, held = load_data(made, letter_tokenizer())
+    assert VOCABULARY["b"] in calibration.input_ids
+    assert held.input_ids[0].tolist()[:5] == [1, *(VOCABULARY[c] for c in "wxyz")]
+
+
+# --- the Python interface
+
+
+def test_quick_start_of_the_docstring_runs(place, tmp_path, monkeypatch):
+    shutil.copytree(place / "llama", tmp_path / "folder")
+    shutil.copy(place / "text.txt", tmp_path / "train.txt")
+    monkeypatch.chdir(tmp_path)
+    code = [line[4:] for line in kfac_prune.__doc__.splitlines() if line.startswith("    ")]
+    assert len(code) == 9
+    names = {name: getattr(kfac_prune, name) for name in kfac_prune.__all__} | {"Path": Path}
+    before = bytes_of("folder")
+    plan_made = next(i for i, line in enumerate(code) if "make_plan" in line)
+    exec("\n".join(code[: plan_made + 1]), names)
+    dense = matrices(load("folder"))
+    assert all(torch.equal(layer.weight, dense[layer.name]) for layer in names["layers"])  # nothing has changed yet
+    exec("\n".join(code[plan_made + 1 :]), names)
+    assert bytes_of("folder") == before
+    weights = matrices(load("pruned"))
+    assert sum(int((w == 0).sum()) for w in weights.values()) == pytest.approx(
+        sum(w.numel() for w in weights.values()) / 2, abs=len(weights)
+    )
+    for layer in prunable_layers(load("pruned")):
+        assert torch.equal(layer.weight, names["plan"].layers[list(weights).index(layer.name)].weight)
+
+
+def test_run_needs_only_model_data_and_out(place, tmp_path):
+    """The docstring's one-line form, with every default."""
+    made = Recipe(model=str(place / "llama"), data=str(place / "text.txt"), out=str(tmp_path / "out"), seqlen=64)
+    record = kfac_prune.run(made)
+    assert record["kl_measured"] > 0
+    assert record["calibration"]["tokens"] == 128 * 64
+
+
+@pytest.mark.parametrize("name", kfac_prune.__all__)
+def test_public_names_resolve(name):
+    assert not inspect.ismodule(getattr(kfac_prune, name))
+    assert getattr(kfac_prune, name).__name__ == name
+
+
+def test_public_names_are_listed_once_and_others_are_refused():
+    assert len(set(kfac_prune.__all__)) == len(kfac_prune.__all__)
+    assert set(kfac_prune.__all__) == set(kfac_prune._HOME)
+    with pytest.raises(AttributeError, match="'kfac_prune' has no attribute 'nonsense'"):
+        _ = kfac_prune.nonsense
+
+
+def test_importing_the_package_loads_no_torch():
+    code = "import sys, kfac_prune; print(*sorted({'torch', 'transformers', 'yaml', 'triton'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+    assert done.stderr == ""
