@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from kfac_prune.plan import loss_curves, make_plan, prune
 from kfac_prune.quality import Quality, evaluate
 from kfac_prune.store import check_output, new_folder
 
+ASSETS = Path(__file__).parent / "assets"
 METHODS: dict[Method, str] = {
     "magnitude": "magnitude (H = I)",
     "layerwise": "layer-wise (H = I ⊗ A)",
@@ -42,11 +42,10 @@ def run_demo(out: str, *, echo: Callable[[str], None] = print, quiet: bool = Tru
     overwrite = (Path(out).expanduser() / "demo.json").is_file()
     check_output(out, overwrite=overwrite)
     start = time.perf_counter()
-    with as_file(files("kfac_prune.assets")) as assets:
-        model = load_model(str(assets / "demo_model"), dtype="float32")
-        tokenizer = load_tokenizer(str(assets / "demo_model"))
-        calibration = token_stream(tokenizer, read_documents(str(assets / "demo_calibration.jsonl")))
-        held_out = token_stream(tokenizer, read_documents(str(assets / "demo_heldout.jsonl")))
+    model = load_model(str(ASSETS / "demo_model"), dtype="float32")
+    tokenizer = load_tokenizer(str(ASSETS / "demo_model"))
+    calibration = token_stream(tokenizer, read_documents(str(ASSETS / "demo_calibration.jsonl")))
+    held_out = token_stream(tokenizer, read_documents(str(ASSETS / "demo_heldout.jsonl")))
     windows = sample_windows(calibration, WINDOWS, LENGTH, seed=0)
     test = consecutive_windows(held_out, min(HELD_OUT, len(held_out) // LENGTH), LENGTH)
     layers = prunable_layers(model)
