@@ -4,7 +4,7 @@
     windows = load_windows("train.txt", tokenizer, samples=128, seqlen=256)
     layers = prunable_layers(model)
     factors = estimate_factors(model, layers, windows)
-    plan = make_plan(layers, factors, sparsity=0.5)      # nothing has changed yet
+    plan = make_plan(layers, factors, sparsity=0.5, probe=Probe.on(model, windows))  # nothing has changed yet
     print(plan.table())
     dense = prune(layers, plan)                          # in place
     plan, _ = refit(model, layers, plan, factors, windows, dense.swapped_in)
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kfac_prune.obs import NM
     from kfac_prune.operators import Damping
     from kfac_prune.pipeline import run
-    from kfac_prune.plan import Plan, make_plan, prune
+    from kfac_prune.plan import Plan, Probe, make_plan, prune
     from kfac_prune.quality import Quality, evaluate
     from kfac_prune.refitting import refit
 
@@ -36,6 +36,7 @@ _HOME = {
     "InputError": "errors",
     "NM": "obs",
     "Plan": "plan",
+    "Probe": "plan",
     "Quality": "quality",
     "Recipe": "config",
     "Windows": "data",
@@ -58,6 +59,7 @@ __all__ = [
     "Factors",
     "InputError",
     "Plan",
+    "Probe",
     "Quality",
     "Recipe",
     "Windows",

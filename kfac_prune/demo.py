@@ -13,7 +13,7 @@ from kfac_prune.data import consecutive_windows, read_documents, sample_windows,
 from kfac_prune.export import save_model
 from kfac_prune.models import load_model, load_tokenizer, prunable_layers
 from kfac_prune.obs import NM
-from kfac_prune.plan import loss_curves, make_plan, prune
+from kfac_prune.plan import Probe, loss_curves, make_plan, prune
 from kfac_prune.quality import Quality, evaluate
 from kfac_prune.store import check_output, new_folder
 
@@ -55,6 +55,7 @@ def run_demo(out: str, *, echo: Callable[[str], None] = print, quiet: bool = Tru
     )
     factors = estimate_factors(model, layers, windows, batch_size=BATCH, quiet=quiet)
     curves = loss_curves(layers, factors, quiet=quiet)
+    probe = Probe.on(model, windows, BATCH)
     dense = evaluate(model, test, batch_size=BATCH, quiet=quiet)
     rows: list[dict[str, Any]] = []
     for name, level in LEVELS.items():
@@ -67,6 +68,7 @@ def run_demo(out: str, *, echo: Callable[[str], None] = print, quiet: bool = Tru
                 method=method,
                 allocation="curves" if method == "kfac" else "uniform",
                 curves=curves,
+                probe=probe,
                 quiet=quiet,
             )
             swap = prune(layers, plan)

@@ -20,7 +20,7 @@ from kfac_prune.inspect_model import coverage
 from kfac_prune.models import context_length, load_config, load_model, load_tokenizer, prunable_layers
 from kfac_prune.obs import NM
 from kfac_prune.operators import Damping
-from kfac_prune.plan import make_plan, prune
+from kfac_prune.plan import Probe, make_plan, prune
 from kfac_prune.quality import evaluate
 from kfac_prune.refitting import Refitted, refit
 from kfac_prune.report import Stages, model_card, result_record, summary
@@ -85,6 +85,7 @@ def run(recipe: Recipe, *, echo: Callable[[str], None] = logger.info, quiet: boo
             method=recipe.method,  # type: ignore[arg-type]  # the recipe has checked it
             allocation=recipe.allocation,
             damping=Damping(recipe.damping),
+            probe=Probe.on(model, calibration, recipe.batch_size),
             quiet=quiet,
         )
         echo(plan.table())

@@ -23,7 +23,7 @@ from kfac_prune.curvature.estimate import estimate_factors
 from kfac_prune.data import Windows, consecutive_windows, read_documents, sample_windows, token_stream
 from kfac_prune.models import WeightSwap, context_length, load_model, load_tokenizer, prunable_layers
 from kfac_prune.obs import NM
-from kfac_prune.plan import loss_curves, make_plan, prune
+from kfac_prune.plan import Probe, loss_curves, make_plan, prune
 from kfac_prune.quality import Quality, evaluate
 from kfac_prune.refitting import refit
 from kfac_prune.report import peak_memory_bytes, versions
@@ -96,7 +96,7 @@ def run_model(name: str, reference: Path, levels: tuple[str, ...]) -> Any:
     calibration, test = windows(name, reference, min(context_length(model) or 256, 256))
     layers = prunable_layers(model)
     start = time.perf_counter()
-    factors = estimate_factors(model, layers, calibration, batch_size=8)
+    factors = estimate_factors(model, layers, calibration, batch_size=16)
     curvature_seconds = time.perf_counter() - start
     curves = loss_curves(layers, factors)
     curve_seconds = time.perf_counter() - start - curvature_seconds
@@ -117,6 +117,7 @@ def run_model(name: str, reference: Path, levels: tuple[str, ...]) -> Any:
                 method=method,  # type: ignore[arg-type]
                 allocation=allocation,
                 curves=curves,
+                probe=Probe.on(model, calibration, 16),
             )
             swap = prune(layers, plan)
             row = {
@@ -137,7 +138,7 @@ def run_model(name: str, reference: Path, levels: tuple[str, ...]) -> Any:
             yield row | measured(model, test, dense, swap, time.perf_counter() - start)
             if method == "kfac":
                 start = time.perf_counter()
-                refit(model, layers, plan, factors, calibration, swap.swapped_in, pattern=pattern, batch_size=8)
+                refit(model, layers, plan, factors, calibration, swap.swapped_in, pattern=pattern, batch_size=16)
                 yield row | {"method": "kfac+refit"} | measured(model, test, dense, swap, time.perf_counter() - start)
             swap.restore()
 

@@ -1,0 +1,109 @@
+import pytest
+import torch
+
+from kfac_prune import plan as planning
+from kfac_prune.curvature.estimate import estimate_factors
+from kfac_prune.errors import InputError
+from kfac_prune.models import prunable_layers
+from kfac_prune.obs import NM
+from kfac_prune.plan import Probe, loss_curves, make_plan, prune
+from kfac_prune.quality import evaluate
+
+
+@pytest.fixture
+def problem(make_model, make_windows):
+    model, windows = make_model("llama"), make_windows(count=20, length=12)
+    layers = prunable_layers(model)
+    return model, windows, layers, estimate_factors(model, layers, windows)
+
+
+@pytest.mark.parametrize("allocation", ["curves", "uniform", "global"])
+@pytest.mark.parametrize("sparsity", [0.3, 0.6, 0.85])
+def test_total_sparsity_is_what_was_asked_for(problem, allocation, sparsity):
+    _, _, layers, factors = problem
+    plan = make_plan(layers, factors, sparsity=sparsity, allocation=allocation)
+    weights = sum(layer.weight.numel() for layer in layers)
+    assert plan.sparsity == pytest.approx(sparsity, abs=len(layers) / weights)
+    assert plan.predicted == pytest.approx(sum(layer.predicted for layer in plan.layers))
+
+
+def test_curves_predict_less_loss_than_uniform(problem):
+    _, _, layers, factors = problem
+    best = make_plan(layers, factors, sparsity=0.6)
+    assert best.predicted < make_plan(layers, factors, sparsity=0.6, allocation="uniform").predicted
+
+
+def test_a_plan_changes_nothing_and_prune_changes_all(problem):
+    model, windows, layers, factors = problem
+    before = [layer.weight.clone() for layer in layers]
+    plan = make_plan(layers, factors, sparsity=0.5, probe=Probe.on(model, windows))
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, before, strict=True))
+    dense = prune(layers, plan)
+    for layer, planned in zip(layers, plan.layers, strict=True):
+        assert torch.equal(layer.weight, planned.weight)
+        assert torch.equal(layer.weight != 0, planned.mask)
+    dense.restore()
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, before, strict=True))
+
+
+def test_curves_that_were_made_before_give_the_same_plan(problem):
+    _, _, layers, factors = problem
+    curves = loss_curves(layers, factors)
+    for sparsity in (0.4, 0.7):
+        ready, fresh = (make_plan(layers, factors, sparsity=sparsity, curves=c) for c in (curves, None))
+        assert all(torch.equal(a.weight, b.weight) for a, b in zip(ready.layers, fresh.layers, strict=True))
+
+
+def test_the_probe_measures_one_layer_and_leaves_the_model_dense(problem):
+    model, windows, layers, factors = problem
+    plan = make_plan(layers, factors, sparsity=0.5, allocation="uniform")
+    layer, planned = layers[3], plan.layers[3]
+    before = layer.weight.clone()
+    measured = Probe(model, windows)(layer, planned)
+    assert torch.equal(layer.weight, before)
+    dense = prune([layer], planning.Plan((planned,), "kfac", "uniform"))
+    assert measured == evaluate(model, windows, dense=dense.swapped_in, batch_size=4).kl
+
+
+def test_a_layer_that_is_worse_than_predicted_is_spared(problem):
+    """A probe that finds one layer ten times as sensitive as its curvature says moves sparsity away from it."""
+    _, _, layers, factors = problem
+    victim = layers[5].name
+
+    class Biased(Probe):
+        def __call__(self, layer, planned):
+            return planned.predicted * (10 if layer.name == victim else 1)
+
+    plain = make_plan(layers, factors, sparsity=0.6)
+    warned = make_plan(layers, factors, sparsity=0.6, probe=Biased(None, None))
+    sparsity = [{p.name: p.sparsity for p in plan.layers} for plan in (plain, warned)]
+    assert sparsity[1][victim] < sparsity[0][victim] - 0.1
+    assert warned.sparsity == pytest.approx(plain.sparsity, abs=1e-3)
+
+
+def test_probe_takes_a_few_windows(problem, make_windows):
+    model, _, _, _ = problem
+    many = make_windows(count=40, length=8)
+    assert torch.equal(Probe.on(model, many).windows.input_ids, many.input_ids[-planning.PROBE_WINDOWS :])
+    few = make_windows(count=3, length=8)
+    assert Probe.on(model, few).windows is few
+
+
+def test_table_notes_what_is_unusual(problem):
+    _, _, layers, factors = problem
+    table = make_plan(layers, factors, pattern=NM(3, 7)).table()
+    assert "no multiple of m" in table
+    assert f"{'total':20}".strip() in table
+
+
+def test_a_layer_without_factors_is_named(problem):
+    _, _, layers, factors = problem
+    del factors.layers[layers[2].name]
+    with pytest.raises(InputError, match=layers[2].name):
+        make_plan(layers, factors)
+
+
+def test_an_unknown_rule_is_refused(problem):
+    _, _, layers, factors = problem
+    with pytest.raises(InputError, match="random"):
+        make_plan(layers, factors, allocation="random")
