@@ -25,7 +25,7 @@ METHODS: dict[Method, str] = {
 }
 #: K-FAC at 2:4 comes last: the model that is left is the one to save.
 LEVELS: dict[str, float | NM] = {"50%": 0.5, "60%": 0.6, "70%": 0.7, "80%": 0.8, "2:4": NM(2, 4)}
-WINDOWS, HELD_OUT, LENGTH, BATCH = 128, 64, 256, 16
+WINDOWS, PROBED, HELD_OUT, LENGTH, BATCH = 128, 8, 64, 256, 16
 
 
 def run_demo(out: str, *, echo: Callable[[str], None] = print, quiet: bool = True) -> list[dict[str, Any]]:
@@ -55,7 +55,7 @@ def run_demo(out: str, *, echo: Callable[[str], None] = print, quiet: bool = Tru
     )
     factors = estimate_factors(model, layers, windows, batch_size=BATCH, quiet=quiet)
     curves = loss_curves(layers, factors, quiet=quiet)
-    probe = Probe.on(model, windows, BATCH)
+    probe = Probe(model, windows.split(PROBED)[1], BATCH)
     dense = evaluate(model, test, batch_size=BATCH, quiet=quiet)
     rows: list[dict[str, Any]] = []
     for name, level in LEVELS.items():
