@@ -154,7 +154,7 @@ class Recipe:
     def to_yaml(self) -> str:
         """The recipe as YAML, one field per line."""
         fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-        return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(fields, sort_keys=False)  # non-ASCII escaped: PyYAML folds some of it otherwise
 
 
 class _RecipeLoader(yaml.SafeLoader):
