@@ -37,7 +37,8 @@ class PlannedLayer:
         weight: [out, in], pruned and compensated, in the model's dtype.
         bias: [out] or None.
         mask: [out, in] bool, True = kept.
-        predicted: nats per token that the change costs, under the damped G ⊗ A whatever the method.
+        predicted: nats per token that the change costs: under the damped G ⊗ A whatever the method, times what a probe
+            found between measured and predicted.
         kkt: relative KKT residual of the method's own problem (0 = optimal compensation).
         damping: what was added to the factors.
         groups_fit: False where an n:m pattern does not divide the width: the last group is shorter than m, and
@@ -123,7 +124,8 @@ def make_plan(
         allocation: "curves", "uniform" or "global" (see ``Recipe``); ignored with an n:m pattern.
         damping: of the factors; None is ``Damping()``.
         curves: from ``loss_curves``, for allocation "curves"; None computes them.
-        probe: measures single pruned layers, by which allocation "curves" corrects its predictions; None trusts them.
+        probe: measures single pruned layers, to correct the predictions and with them allocation "curves"; None trusts
+            the predictions as they are.
         quiet: show no progress bars.
     """
     missing = [layer.name for layer in layers if layer.name not in factors.layers]
@@ -148,6 +150,8 @@ def make_plan(
         weight, operator, records = problems(layer)
         solution = solve(weight, operator, pattern or Unstructured(sparsities[layer.name]))
         made = _planned(layer, problems, weight, solution, records, pattern)
+        if probe is not None and layer.name not in factor:
+            factor[layer.name] = probe.factor(layer, made)
         planned.append(replace(made, predicted=made.predicted * factor.get(layer.name, 1.0)))
     return Plan(tuple(planned), method, allocation)
 
@@ -186,6 +190,10 @@ class Probe:
             dense.restore()
         assert kl is not None
         return kl
+
+    def factor(self, layer: Layer, planned: PlannedLayer) -> float:
+        """Measured over predicted loss, at least ``MIN_FACTOR``; 1 where nothing is predicted to be lost."""
+        return max(self(layer, planned) / planned.predicted, MIN_FACTOR) if planned.predicted > 0 else 1.0
 
 
 @dataclass(frozen=True)
@@ -249,9 +257,9 @@ def _by_curves(
             weight, operator, records = problems(layer)
             solution = solve(weight, operator, Unstructured(chosen))
             loss = solution.loss
-            if probe is not None and loss > 0:
-                measured = probe(layer, _planned(layer, problems, weight, solution, records, None))
-                factor[layer.name] = max(measured / loss, MIN_FACTOR)
+            if probe is not None:
+                made = _planned(layer, problems, weight, solution, records, None)
+                factor[layer.name] = probe.factor(layer, made)
                 loss *= factor[layer.name]
             corrected[layer.name] = curves[layer.name].corrected(chosen, loss)
     return allocate(corrected, sparsity), factor

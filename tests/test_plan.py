@@ -81,6 +81,16 @@ def test_a_layer_that_is_worse_than_predicted_is_spared(problem):
     assert warned.sparsity == pytest.approx(plain.sparsity, abs=1e-3)
 
 
+def test_with_a_probe_the_prediction_is_what_it_measures(problem):
+    model, windows, layers, factors = problem
+    probe = Probe(model, windows)
+    plan = make_plan(layers, factors, pattern=NM(2, 4), probe=probe)
+    trusting = make_plan(layers, factors, pattern=NM(2, 4))
+    for layer, planned, plain in zip(layers, plan.layers, trusting.layers, strict=True):
+        assert torch.equal(planned.weight, plain.weight)
+        assert planned.predicted == pytest.approx(max(probe(layer, planned), planning.MIN_FACTOR * plain.predicted))
+
+
 def test_probe_takes_a_few_windows(problem, make_windows):
     model, _, _, _ = problem
     many = make_windows(count=40, length=8)
