@@ -117,7 +117,7 @@ def run_model(name: str, reference: Path, levels: tuple[str, ...]) -> Any:
                 method=method,  # type: ignore[arg-type]
                 allocation=allocation,
                 curves=curves,
-                probe=Probe.on(model, calibration, 16),
+                probe=Probe.on(model, calibration, 16) if method == "kfac" else None,
             )
             swap = prune(layers, plan)
             row = {
