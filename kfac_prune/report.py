@@ -125,15 +125,16 @@ def result_record(
 
 def summary(record: dict[str, Any]) -> str:
     """The figures of a run as a small aligned table."""
+    before = ", before refit" if record["refit"] else ""
     rows = [
         ("", "dense", "pruned"),
         ("loss (nats/token)", f"{record['dense']['loss']:.4f}", f"{record['pruned']['loss']:.4f}"),
         ("perplexity", f"{record['dense']['perplexity']:.3f}", f"{record['pruned']['perplexity']:.3f}"),
         ("sparsity", "0.0%", f"{record['sparsity']:.1%}"),
-        ("KL predicted (nats/token)", "", f"{record['kl_predicted']:.4f}"),
+        (f"KL predicted{before} (nats/token)", "", f"{record['kl_predicted']:.4f}"),
         ("KL measured (nats/token)", "", f"{record['kl_measured']:.4f}"),
     ]
-    return "\n".join(f"{a:26}{b:>10}{c:>10}" for a, b, c in rows)
+    return "\n".join(f"{a:40}{b:>10}{c:>10}" for a, b, c in rows)
 
 
 def model_card(recipe: Recipe, record: dict[str, Any]) -> str:
