@@ -75,16 +75,17 @@ def run(recipe: Recipe, *, echo: Callable[[str], None] = logger.info, quiet: boo
         )
     with stages("plan"):
         groups = parse_pattern(recipe.pattern)
+        pattern, damping = NM(*groups) if groups else None, Damping(recipe.damping)
         assert recipe.sparsity is not None
         assert recipe.allocation is not None
         plan = make_plan(
             layers,
             factors,
             sparsity=recipe.sparsity,
-            pattern=NM(*groups) if groups else None,
+            pattern=pattern,
             method=recipe.method,  # type: ignore[arg-type]  # the recipe has checked it
             allocation=recipe.allocation,
-            damping=Damping(recipe.damping),
+            damping=damping,
             probe=Probe.on(model, calibration, recipe.batch_size),
             quiet=quiet,
         )
@@ -102,8 +103,8 @@ def run(recipe: Recipe, *, echo: Callable[[str], None] = logger.info, quiet: boo
                 factors,
                 calibration,
                 dense.swapped_in,
-                pattern=NM(*groups) if groups else None,
-                damping=Damping(recipe.damping),
+                pattern=pattern,
+                damping=damping,
                 batch_size=recipe.batch_size,
                 quiet=quiet,
             )
