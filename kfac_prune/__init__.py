@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kfac_prune.data import Windows, load_windows
     from kfac_prune.errors import InputError
     from kfac_prune.export import save_model
-    from kfac_prune.models import load_model, load_tokenizer, prunable_layers
+    from kfac_prune.models import load, load_model, load_tokenizer, prunable_layers
     from kfac_prune.obs import NM
     from kfac_prune.operators import Damping
     from kfac_prune.pipeline import run
@@ -42,6 +42,7 @@ _HOME = {
     "Windows": "data",
     "estimate_factors": "curvature.estimate",
     "evaluate": "quality",
+    "load": "models",
     "load_model": "models",
     "load_tokenizer": "models",
     "load_windows": "data",
@@ -65,6 +66,7 @@ __all__ = [
     "Windows",
     "estimate_factors",
     "evaluate",
+    "load",
     "load_model",
     "load_tokenizer",
     "load_windows",

@@ -13,6 +13,9 @@ import yaml
 from kfac_prune.errors import InputError
 
 METHODS = ("kfac", "layerwise", "obd", "magnitude")
+#: Added to each curvature factor, as a fraction of its mean diagonal, where the recipe leaves it open.
+DAMPING, STRUCTURED_DAMPING = 0.03, 0.001
+KINDS = ("ffn", "heads")
 #: What each method can allocate by. Only G ⊗ A puts the losses of different layers into one unit.
 ALLOCATIONS = {
     "kfac": ("curves", "uniform", "global"),
@@ -74,6 +77,34 @@ class Recipe:
     pattern: str = _option(
         "unstructured", "'unstructured', or n:m = keep n of every m consecutive weights in a row, e.g. 2:4"
     )
+    structured: str | None = _option(
+        None,
+        "make the model smaller instead of sparse, by removing 'ffn' (hidden units), 'heads' (KV groups and query "
+        "heads) or 'ffn,heads'; --sparsity is then the fraction of the blocks' weights to remove; default: none",
+    )
+    target_params: int | None = _option(
+        None, "with --structured, instead of --sparsity: parameters the model is to have; default: none"
+    )
+    target_latency: float | None = _option(
+        None,
+        "with --structured, instead of --sparsity: milliseconds that one forward pass over one window of --seqlen "
+        "tokens is to take on this device; default: none",
+    )
+    widths: str | None = _option(
+        None,
+        "with --structured: uniform = one size for all blocks, a plain configuration that every server loads; "
+        "per-layer = a size for each, which needs trust_remote_code or kfac_prune.load; default: both are built, the "
+        "better kept",
+        choices=("uniform", "per-layer"),
+    )
+    multiple: int | None = _option(
+        None, "with --structured: FFN widths are multiples of this; default: 64 for widths from 2048, else 8"
+    )
+    shots: int | None = _option(
+        None,
+        "with --structured: cuts on the way to the target, with the curvature estimated anew before each; default: 1, "
+        "and where more than 0.05 nats per token are lost also 3, the better kept",
+    )
     method: str = _option(
         "kfac",
         "curvature: kfac = G x A (Optimal Brain Surgeon), layerwise = I x A, obd = its diagonal, magnitude = I",
@@ -96,7 +127,11 @@ class Recipe:
     ignore: tuple[str, ...] = _option(
         (), "leave layers dense whose name matches this shell pattern (repeatable); default: none"
     )
-    damping: float = _option(0.03, "added to each curvature factor, as a fraction of its mean diagonal, in (0, 1]")
+    damping: float | None = _option(
+        None,
+        "added to each curvature factor, as a fraction of its mean diagonal, in (0, 1]; default: 0.03, with "
+        "--structured 0.001",
+    )
     fisher: str = _option(
         "sampled",
         "labels of the Fisher: sampled from the model (true Fisher), or the text's own (empirical)",
@@ -123,7 +158,7 @@ class Recipe:
             raise InputError(f"seed is {self.seed}; it must be at least 0 and below 2^63")
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
             raise InputError(f"sparsity is {self.sparsity}; it must be at least 0 and below 1")
-        if not 0 < self.damping <= 1:
+        if self.damping is not None and not 0 < self.damping <= 1:
             raise InputError(f"damping is {self.damping}; it must be above 0 and at most 1")
         groups = parse_pattern(self.pattern)
         if groups and self.sparsity is not None and abs(self.sparsity - (1 - groups[0] / groups[1])) > 1e-6:
@@ -140,16 +175,50 @@ class Recipe:
             if groups and self.allocation != "uniform":
                 raise InputError(f"pattern {self.pattern} fixes every layer's sparsity; allocation can only be uniform")
 
+        self._check_structured()
+
+    def _check_structured(self) -> None:
+        """The options of structured pruning fit together."""
+        own = {name: getattr(self, name) for name in ("target_params", "target_latency", "widths", "multiple", "shots")}
+        given = [name for name, value in own.items() if value is not None]
+        if self.structured is None:
+            if given:
+                raise InputError(f"{given[0]} is an option of structured pruning; add structured, such as 'ffn,heads'")
+            return
+        kinds = self.kinds
+        if not kinds or len(set(kinds)) < len(kinds) or not set(kinds) <= set(KINDS):
+            raise InputError(f"structured is {self.structured!r}; it must be 'ffn', 'heads' or 'ffn,heads'")
+        if self.pattern != "unstructured" or self.allocation is not None:
+            name = "pattern" if self.pattern != "unstructured" else "allocation"
+            raise InputError(
+                f"{name} {getattr(self, name)} is for sparse weights, structured removes whole units; drop one"
+            )
+        targets = [n for n in ("sparsity", "target_params", "target_latency") if getattr(self, n) is not None]
+        if len(targets) > 1:
+            raise InputError(f"{' and '.join(targets)} each say how much to remove; give one of them")
+        for name in given:
+            value = own[name]
+            if not isinstance(value, str) and not 0 < value < float("inf"):
+                raise InputError(f"{name} is {value}; it must be above 0")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of groups that ``structured`` names."""
+        return tuple(part.strip() for part in (self.structured or "").split(",") if part.strip())
+
     def resolved(self) -> Recipe:
-        """The same recipe with sparsity, allocation and refit filled in."""
+        """The same recipe with sparsity, allocation, refit and damping filled in."""
         groups = parse_pattern(self.pattern)
+        sparsity: float | None = 0.5 if self.sparsity is None else self.sparsity
+        allocation: str | None = self.allocation or ALLOCATIONS[self.method][0]
         if groups:
             sparsity, allocation = 1 - groups[0] / groups[1], "uniform"
-        else:
-            sparsity = 0.5 if self.sparsity is None else self.sparsity
-            allocation = self.allocation or ALLOCATIONS[self.method][0]
         refit = self.method in ("kfac", "layerwise") if self.refit is None else self.refit
-        return dataclasses.replace(self, sparsity=sparsity, allocation=allocation, refit=refit)
+        damping = (STRUCTURED_DAMPING if self.structured else DAMPING) if self.damping is None else self.damping
+        if self.structured:
+            open_target = self.target_params is None and self.target_latency is None
+            sparsity, allocation = (sparsity if open_target else None), None
+        return dataclasses.replace(self, sparsity=sparsity, allocation=allocation, refit=refit, damping=damping)
 
     def to_yaml(self) -> str:
         """The recipe as YAML, one field per line."""

@@ -5,15 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kfac_prune import pruned_model
+from kfac_prune.models import load
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Write configuration, safetensors shards with exact zeros, and tokenizer.
 
-    No sparsity or quantisation entry is added to the configuration: servers refuse or misread them.
+    No sparsity or quantisation entry is added to the configuration: servers refuse or misread them. A model with widths
+    of its own takes along the code that ``trust_remote_code=True`` runs.
     """
     model.save_pretrained(folder)
+    if hasattr(model.config, "pruned_shapes"):
+        code = Path(pruned_model.__file__).read_text(encoding="utf-8")
+        base = type(model).__name__.removeprefix("Pruned")
+        (folder / "pruned_model.py").write_text(code.replace("@BASE@", base), encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -24,7 +32,7 @@ def verify_saved(model: PreTrainedModel, folder: Path, *, trust_remote_code: boo
     Raises:
         RuntimeError: it differs; names the tensor.
     """
-    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, trust_remote_code=trust_remote_code)
+    reloaded = load(folder, dtype=model.dtype, trust_remote_code=trust_remote_code)
     here, there = model.state_dict(), reloaded.state_dict()
     if here.keys() != there.keys():
         raise RuntimeError(f"the saved model in {folder} has other tensors: {sorted(here.keys() ^ there.keys())[:5]}")

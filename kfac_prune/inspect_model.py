@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from kfac_prune.errors import InputError
 from kfac_prune.models import Layer, load_config, prunable_layers
+from kfac_prune.structure.groups import FfnUnits, Group, find_ffn, find_heads, saving
+from kfac_prune.structure.shrink import accepted_heads
 
 
 def describe(
@@ -37,7 +40,40 @@ def describe(
             f"{layer.name:{width}}  {f'{out_features} x {in_features}':>13}  {out_features * in_features:>12,}  "
             f"{'yes' if layer.bias is not None else 'no':4}  {'yes' if in_features % 4 == 0 else 'no':>8}"
         )
-    return "\n".join([*lines, coverage(model, layers)])
+    return "\n".join([*lines, coverage(model, layers), "", structure(model, layers)])
+
+
+def structure(model: PreTrainedModel, layers: Sequence[Layer]) -> str:
+    """The groups that structured pruning can remove, their sizes, and what cannot be removed and why.
+
+    Args:
+        model: whole; may be without weights.
+        layers: to be pruned.
+    """
+    lines = []
+    try:
+        heads = find_heads(model, layers)
+        reason = "no attention with a layout in which heads can be told apart"
+    except InputError as error:
+        heads, reason = [], str(error)
+    groups: list[Group] = [*find_ffn(model, layers), *heads]
+    width = max((len(group.name) for group in groups), default=5)
+    lines.append(f"{'group':{width}}  {'units':>20}  {'weights each':>12}")
+    for group in groups:
+        everything = group.everything()
+        ffn = isinstance(group, FfnUnits)
+        size = f"{len(everything)} hidden" if ffn else f"{len(everything)} x {everything.shape[1]} heads"
+        each = saving(group, everything[1:]) if len(everything) > 1 else saving(group, everything[:, 1:])
+        lines.append(f"{group.name:{width}}  {size:>20}  {each:>12,}")
+    if not find_ffn(model, layers):
+        lines.append("FFN units cannot be removed: no FFN has a known layout with all of its layers to be pruned")
+    if not heads:
+        lines.append(f"heads cannot be removed: {reason}")
+    else:
+        held = accepted_heads(model, heads[0])
+        fits = ", ".join(f"{g} x {q}" for g, q in sorted(held, reverse=True)) or "none"
+        lines.append(f"KV groups x query heads that a plain configuration can hold: {fits}")
+    return "\n".join(lines)
 
 
 def coverage(model: PreTrainedModel, layers: Sequence[Layer]) -> str:

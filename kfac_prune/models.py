@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
@@ -20,6 +21,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.pytorch_utils import Conv1D
 
 from kfac_prune.errors import InputError
+from kfac_prune.pruned_model import with_own_widths
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -189,6 +191,20 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
     return config
 
 
+def load(source: str | Path, **options: Any) -> PreTrainedModel:
+    """``from_pretrained`` for any causal language model, those with widths of their own included, without remote code.
+
+    Args:
+        source: local folder or hub id.
+        options: of ``from_pretrained``.
+    """
+    config = AutoConfig.from_pretrained(source, trust_remote_code=options.get("trust_remote_code", False))
+    kind: Any = AutoModelForCausalLM
+    if hasattr(config, "pruned_shapes"):
+        kind = with_own_widths(getattr(transformers, config.architectures[0].removeprefix("Pruned")))
+    return cast(PreTrainedModel, kind.from_pretrained(source, **options))
+
+
 def load_model(
     source: str, *, dtype: str | None = None, device: str = "cpu", trust_remote_code: bool = False
 ) -> PreTrainedModel:
@@ -206,7 +222,7 @@ def load_model(
     load_config(source, trust_remote_code=trust_remote_code)
     folder = Path(source).expanduser()
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded = load(
             str(folder) if folder.exists() else source,
             dtype=DTYPES[dtype] if dtype else "auto",
             trust_remote_code=trust_remote_code,
@@ -215,7 +231,7 @@ def load_model(
         )
     except Exception as error:  # safetensors, torch and the hub raise unrelated types for broken files
         raise InputError(f"the weights of {source} cannot be loaded: {_reason(error)}") from error
-    model, report = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+    model, report = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)  # as asked for by output_loading_info
     if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
         raise InputError(f"the checkpoint {source} lacks {len(missing)} of the model's tensors, such as {missing[0]}")
     for name, stored, wanted in sorted(report["mismatched_keys"]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,19 +17,46 @@ from kfac_prune.data import Windows, consecutive_windows, read_documents, sample
 from kfac_prune.errors import InputError
 from kfac_prune.export import save_model, verify_saved
 from kfac_prune.inspect_model import coverage
-from kfac_prune.models import context_length, load_config, load_model, load_tokenizer, prunable_layers
+from kfac_prune.models import Layer, context_length, load_config, load_model, load_tokenizer, prunable_layers
 from kfac_prune.obs import NM
 from kfac_prune.operators import Damping
 from kfac_prune.plan import Probe, make_plan, prune
-from kfac_prune.quality import evaluate
+from kfac_prune.quality import Quality, evaluate
 from kfac_prune.refitting import Refitted, refit
-from kfac_prune.report import Stages, model_card, result_record, summary
+from kfac_prune.report import Stages, model_card, plan_record, result_record, shrunk_record, summary
 from kfac_prune.store import check_output, new_folder
+from kfac_prune.structure.latency import latency_target, speeds
+from kfac_prune.structure.prune import Settings, find_groups, parameters_target, prune_structured, weights_target
 
 logger = logging.getLogger("kfac_prune")
 
 #: Share of --data that is kept from calibration and measured on when no --eval-data is given.
 HELD_OUT = 0.1
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every kind of run begins with."""
+
+    recipe: Recipe
+    stages: Stages
+    echo: Callable[[str], None]
+    quiet: bool
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    layers: list[Layer]
+    calibration: Windows
+    held_out: Windows
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What every kind of run ends with: a model, its quality and the dense one's, and its own part of the record."""
+
+    model: PreTrainedModel
+    dense: Quality
+    pruned: Quality
+    record: dict[str, Any]
 
 
 def run(recipe: Recipe, *, echo: Callable[[str], None] = logger.info, quiet: bool = True) -> dict[str, Any]:
@@ -47,6 +74,25 @@ def run(recipe: Recipe, *, echo: Callable[[str], None] = logger.info, quiet: boo
         InputError: something about the input is wrong; nothing has been written.
     """
     recipe = replace(recipe.resolved(), device=resolve_device(recipe.device))
+    job = _load(recipe, echo, quiet)
+    outcome = _shrink(job) if recipe.structured else _mask(job)
+    with new_folder(recipe.out, overwrite=recipe.overwrite) as folder:
+        with job.stages("save"):
+            save_model(outcome.model, job.tokenizer, folder)
+            verify_saved(outcome.model, folder, trust_remote_code=recipe.trust_remote_code)
+        record = result_record(
+            recipe, job.calibration, outcome.dense, outcome.pruned, job.stages, own_part=outcome.record
+        )
+        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        (folder / "kfac_prune.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(model_card(recipe, record), encoding="utf-8")
+    echo(summary(record))
+    echo(f"saved to {recipe.out}")
+    return record
+
+
+def _load(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
+    """Model and text, with every check that needs no long work."""
     check_output(recipe.out, overwrite=recipe.overwrite)
     load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
     stages = Stages(echo)
@@ -63,21 +109,22 @@ def run(recipe: Recipe, *, echo: Callable[[str], None] = logger.info, quiet: boo
         layers = prunable_layers(model, recipe.include, recipe.ignore)
         check_output(recipe.out, overwrite=recipe.overwrite, need_bytes=int(1.1 * model.get_memory_footprint()))
     echo(coverage(model, layers))
+    return Job(recipe, stages, echo, quiet, model, tokenizer, layers, calibration, held_out)
+
+
+def _mask(job: Job) -> Outcome:
+    """Unstructured and n:m pruning: zeros, in place."""
+    recipe, model, layers, stages = job.recipe, job.model, job.layers, job.stages
+    options: Any = {"batch_size": recipe.batch_size, "quiet": job.quiet}
     with stages("curvature"):
-        factors = estimate_factors(
-            model,
-            layers,
-            calibration,
-            fisher=recipe.fisher,  # type: ignore[arg-type]  # the recipe has checked it
-            seed=recipe.seed,
-            batch_size=recipe.batch_size,
-            quiet=quiet,
-        )
+        fisher: Any = recipe.fisher  # the recipe has checked it
+        factors = estimate_factors(model, layers, job.calibration, fisher=fisher, seed=recipe.seed, **options)
     with stages("plan"):
         groups = parse_pattern(recipe.pattern)
-        pattern, damping = NM(*groups) if groups else None, Damping(recipe.damping)
         assert recipe.sparsity is not None
         assert recipe.allocation is not None
+        assert recipe.damping is not None
+        pattern, damping = NM(*groups) if groups else None, Damping(recipe.damping)
         plan = make_plan(
             layers,
             factors,
@@ -86,12 +133,12 @@ def run(recipe: Recipe, *, echo: Callable[[str], None] = logger.info, quiet: boo
             method=recipe.method,  # type: ignore[arg-type]  # the recipe has checked it
             allocation=recipe.allocation,
             damping=damping,
-            probe=Probe.on(model, calibration, recipe.batch_size),
-            quiet=quiet,
+            probe=Probe.on(model, job.calibration, recipe.batch_size),
+            quiet=job.quiet,
         )
-        echo(plan.table())
+        job.echo(plan.table())
     with stages("measure dense"):
-        dense_quality = evaluate(model, held_out, batch_size=recipe.batch_size, quiet=quiet, label="dense")
+        dense_quality = evaluate(model, job.held_out, label="dense", **options)
     dense = prune(layers, plan)
     refitted: list[Refitted] = []
     if recipe.refit and plan.sparsity > 0:
@@ -101,29 +148,67 @@ def run(recipe: Recipe, *, echo: Callable[[str], None] = logger.info, quiet: boo
                 layers,
                 plan,
                 factors,
-                calibration,
+                job.calibration,
                 dense.swapped_in,
                 pattern=pattern,
                 damping=damping,
-                batch_size=recipe.batch_size,
-                quiet=quiet,
+                **options,
             )
     with stages("measure pruned"):
-        pruned_quality = evaluate(
-            model, held_out, dense=dense.swapped_in, batch_size=recipe.batch_size, quiet=quiet, label="pruned"
-        )
+        pruned_quality = evaluate(model, job.held_out, dense=dense.swapped_in, label="pruned", **options)
     covered = sum(layer.mask.numel() for layer in plan.layers) / model.num_parameters()
-    with new_folder(recipe.out, overwrite=recipe.overwrite) as folder:
-        with stages("save"):
-            save_model(model, tokenizer, folder)
-            verify_saved(model, folder, trust_remote_code=recipe.trust_remote_code)
-        record = result_record(recipe, plan, factors, dense_quality, pruned_quality, refitted, stages, covered)
-        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-        (folder / "kfac_prune.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(model_card(recipe, record), encoding="utf-8")
-    echo(summary(record))
-    echo(f"saved to {recipe.out}")
-    return record
+    return Outcome(model, dense_quality, pruned_quality, plan_record(plan, refitted, covered))
+
+
+def _shrink(job: Job) -> Outcome:
+    """Structured pruning: a smaller model beside the dense one."""
+    recipe, model, stages = job.recipe, job.model, job.stages
+    kinds: Any = recipe.kinds  # the recipe has checked them, and the other literal types below
+    method: Any = recipe.method
+    fisher: Any = recipe.fisher
+    widths: Any = recipe.widths
+    assert recipe.damping is not None
+    assert recipe.refit is not None
+    groups = find_groups(model, job.layers, kinds)  # refused before any long work
+    if recipe.target_params is not None:
+        target = parameters_target(model, job.layers, recipe.target_params)
+    elif recipe.target_latency is not None:
+        with stages("time blocks"):
+            target = latency_target(model, groups, recipe.seqlen, recipe.target_latency)
+    else:
+        assert recipe.sparsity is not None
+        target = weights_target(model, job.layers, recipe.sparsity)
+    with stages("measure dense"):
+        dense = evaluate(model, job.held_out, batch_size=recipe.batch_size, quiet=job.quiet, label="dense")
+    with stages("shrink"):
+        best, others = prune_structured(
+            model,
+            job.layers,
+            job.calibration,
+            target,
+            kinds=kinds,
+            widths=widths,
+            settings=Settings(
+                method=method,
+                shots=recipe.shots,
+                refit=recipe.refit,
+                multiple=recipe.multiple,
+                damping=Damping(recipe.damping),
+                fisher=fisher,
+                seed=recipe.seed,
+                batch_size=recipe.batch_size,
+                quiet=job.quiet,
+            ),
+            echo=job.echo,
+        )
+        job.echo(best.table())
+    with stages("measure pruned"):
+        pruned = evaluate(
+            best.model, job.held_out, dense=model, batch_size=recipe.batch_size, quiet=job.quiet, label="pruned"
+        )
+    with stages("measure speed"):
+        speed = speeds([model, best.model], recipe.seqlen)
+    return Outcome(best.model, dense, pruned, shrunk_record(recipe, model, job.layers, best, others, speed))
 
 
 def resolve_device(name: str) -> str:

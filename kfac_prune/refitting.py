@@ -10,8 +10,8 @@ chosen anew to minimise ``½ E‖t − X h‖²_G`` over the weights that may st
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -129,44 +129,87 @@ def refit(
     with dense():
         stack = BlockStack(model, layers, windows, batch_size)
     planned = {layer.name: layer for layer in plan.layers}
-    linear = prunable_layers(model)
-    dense_stream, pruned_stream = list(stack.entries), list(stack.entries)
+    linear = {layer.name: layer for layer in prunable_layers(model)}
     records: list[Refitted] = []
+    for layer, moments in refit_moments(stack, linear, stack, linear, set(planned), dense=dense, quiet=quiet):
+        g, _ = damping(factors.layers[layer.name].g, name="G", where=layer.name)
+        planned[layer.name], record = _solve(planned[layer.name], layer, moments, g, pattern)
+        layer.assign(planned[layer.name].weight, planned[layer.name].bias)
+        records.append(record)
+    return replace(plan, layers=tuple(planned[layer.name] for layer in plan.layers)), records
+
+
+def refit_moments(
+    dense_stack: BlockStack,
+    dense_layers: Mapping[str, Layer],
+    stack: BlockStack,
+    layers: Mapping[str, Layer],
+    wanted: Mapping[str, Tensor] | set[str],
+    *,
+    dense: Callable[[], AbstractContextManager[None]] = nullcontext,
+    quiet: bool = True,
+) -> Iterator[tuple[Layer, Moments]]:
+    """Every wanted layer of the pruned model with the moments of its input and target, in the order of execution.
+
+    The target of a writer is what brings the residual stream back to the dense model's; that of any other layer (only
+    asked for where ``wanted`` is a mapping) is what the dense one puts out. The consumer assigns a layer's new weights
+    before it asks for the next one, whose moments depend on them.
+
+    Args:
+        dense_stack: blocks of the dense model.
+        dense_layers: all linear layers of the dense model by name.
+        stack: blocks of the pruned model; the same object where ``dense`` makes one model the other.
+        layers: all linear layers of the pruned model, under the same names.
+        wanted: names of the writers to refit; or a mapping from the names of all layers to refit to the rows of the
+            dense layer that the pruned one still has.
+        dense: a context in which ``dense_stack`` is dense.
+        quiet: show no progress bar.
+    """
+    dense_stream, pruned_stream = list(dense_stack.entries), list(dense_stack.entries)
     for index, block in enumerate(tqdm(stack.names, desc="refit", unit="block", disable=quiet)):
+        inside = [layer for name, layer in dense_layers.items() if name.startswith(f"{block}.")]
         with dense():
-            inside = [layer for layer in linear if layer.name.startswith(f"{block}.")]
-            writers = find_writers(stack, index, dense_stream[0], inside)
-            goals, dense_stream = _dense_pass(stack, index, writers, dense_stream)
+            writers = find_writers(dense_stack, index, dense_stream[0], inside)
+            order, goals, after = _dense_pass(dense_stack, index, inside, writers, dense_stream)
         if inside and not writers:
             logger.warning(
                 "refit: %s adds to the residual stream what no sum of its layers gives; left as it is", block
             )
-        for position, writer in enumerate(writers):
-            name = writer.layer.name
-            if name in planned:
+        writers = [replace(writer, layer=layers[writer.layer.name]) for writer in writers]
+        positions = {writer.layer.name: position for position, writer in enumerate(writers)}
+        for name in order:
+            if name not in wanted:
+                continue
+            if name in positions:
+                position = positions[name]
                 moments = _moments(stack, index, writers[: position + 1], goals[position], pruned_stream)
-                g, _ = damping(factors.layers[name].g, name="G", where=name)
-                planned[name], record = _solve(planned[name], writer.layer, moments, g, pattern)
-                writer.layer.assign(planned[name].weight, planned[name].bias)
-                records.append(record)
+                yield layers[name], moments
+            elif isinstance(wanted, Mapping) and writers:
+                sides = (dense_stack, dense_layers[name], dense_stream), (stack, layers[name], pruned_stream)
+                yield layers[name], _reader_moments(index, *sides, wanted[name])
+        dense_stream = after
         with torch.no_grad():
             pruned_stream = [stack.run(index, batch, stream).cpu() for batch, stream in enumerate(pruned_stream)]
-    return replace(plan, layers=tuple(planned[layer.name] for layer in plan.layers)), records
 
 
 def _dense_pass(
-    stack: BlockStack, index: int, writers: Sequence[Writer], streams: Sequence[Tensor]
-) -> tuple[list[list[Tensor]], list[Tensor]]:
-    """The dense stream after every writer, [writer][batch] of [B, T, d], and after the block, all on CPU."""
+    stack: BlockStack, index: int, layers: Sequence[Layer], writers: Sequence[Writer], streams: Sequence[Tensor]
+) -> tuple[list[str], list[list[Tensor]], list[Tensor]]:
+    """One pass through a dense block.
+
+    Returns:
+        Names of the layers in the order of execution; the stream after every writer, [writer][batch] of [B, T, d], and
+        after the block, all on CPU.
+    """
     goals: list[list[Tensor]] = [[] for _ in writers]
     after = []
-    with torch.no_grad(), observed([w.layer for w in writers]) as seen:
+    with torch.no_grad(), observed(layers) as seen:
         for batch, stream in enumerate(streams):
             after.append(stack.run(index, batch, stream).cpu())
             for goal, writer in zip(goals, writers, strict=True):
                 stream = stream + writer.factor * seen[writer.layer.name][1].cpu().reshape(stream.shape)
                 goal.append(stream)
-    return goals, after
+    return list(seen), goals, after
 
 
 def _moments(
@@ -182,10 +225,32 @@ def _moments(
             target = (goal - stream).flatten(0, 1).to(layer.weight.device, torch.float32)  # [B T, d]
             for w in earlier:
                 target -= w.factor * seen[w.layer.name][1].reshape(target.shape)
-            h, mask = seen[layer.name][0], stack.masks[batch]
-            rows = slice(None) if mask is None else mask.reshape(-1)
-            moments.add(h.reshape(-1, h.shape[-1])[rows], target[rows] / writer.factor)
+            moments.add(*_counted(stack.masks[batch], seen[layer.name][0], target / writer.factor))
     return moments
+
+
+def _reader_moments(
+    index: int,
+    dense: tuple[BlockStack, Layer, Sequence[Tensor]],
+    pruned: tuple[BlockStack, Layer, Sequence[Tensor]],
+    rows: Tensor,
+) -> Moments:
+    """Moments over all batches of a layer's input in the pruned model, and of the dense layer's output rows."""
+    (dense_stack, dense_layer, dense_streams), (stack, layer, streams) = dense, pruned
+    moments = Moments.zeros(layer.shape, layer.weight.device)
+    with torch.no_grad(), observed([dense_layer]) as wanted, observed([layer]) as seen:
+        for batch, (dense_stream, stream) in enumerate(zip(dense_streams, streams, strict=True)):
+            dense_stack.run(index, batch, dense_stream, until=dense_layer)
+            stack.run(index, batch, stream, until=layer)
+            output = wanted[dense_layer.name][1][..., rows.to(layer.weight.device)]
+            moments.add(*_counted(stack.masks[batch], seen[layer.name][0], output))
+    return moments
+
+
+def _counted(mask: Tensor | None, *tensors: Tensor) -> list[Tensor]:
+    """Tensors [..., features] as rows [tokens, features], without masked positions."""
+    flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
+    return flat if mask is None else [rows[mask.reshape(-1)] for rows in flat]
 
 
 def _solve(

@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from kfac_prune.config import Recipe
-from kfac_prune.curvature.estimate import Factors
+from kfac_prune.data import Windows
+from kfac_prune.models import Layer
 from kfac_prune.plan import Plan
 from kfac_prune.quality import Quality
 from kfac_prune.refitting import Refitted
+from kfac_prune.structure.latency import Speed
+from kfac_prune.structure.prune import Shrunk
 
 #: Of kfac_prune.json; rises when a field changes its meaning.
 FORMAT_VERSION = 1
@@ -68,43 +72,51 @@ def versions() -> dict[str, str]:
 
 
 def result_record(
-    recipe: Recipe,
-    plan: Plan,
-    factors: Factors,
-    dense: Quality,
-    pruned: Quality,
-    refitted: Sequence[Refitted],
-    stages: Stages,
-    covered: float,
+    recipe: Recipe, calibration: Windows, dense: Quality, pruned: Quality, stages: Stages, own_part: dict[str, Any]
 ) -> dict[str, Any]:
     """The content of kfac_prune.json.
 
     Args:
         recipe: resolved.
-        plan: as applied.
-        factors: it was made from.
+        calibration: windows that were used.
         dense: quality before.
         pruned: quality after, with KL.
-        refitted: what the residual refit did, empty if it was off.
         stages: of the run.
-        covered: fraction of the model's parameters that are in the plan's layers.
+        own_part: what the kind of run adds: ``plan_record`` or ``shrunk_record``.
     """
     return {
         "format_version": FORMAT_VERSION,
         "seed": recipe.seed,
-        "method": plan.method,
-        "allocation": plan.allocation,
+        "method": recipe.method,
         "pattern": recipe.pattern,
-        "sparsity": plan.sparsity,
-        "parameters_covered": covered,
-        "calibration": {"tokens": factors.tokens, "sha256": factors.data_sha256},
+        "structured": recipe.structured,
+        "calibration": {"tokens": calibration.tokens, "sha256": calibration.sha256()},
         "dense": {"loss": dense.loss, "perplexity": dense.perplexity},
         "pruned": {"loss": pruned.loss, "perplexity": pruned.perplexity},
         "evaluation_tokens": pruned.tokens,
         "loss_increase": pruned.loss - dense.loss,
         "kl_measured": pruned.kl,
-        "kl_predicted": plan.predicted,  # by the plan, before any refit
         "damping": recipe.damping,
+        **own_part,
+        "stages": stages.records,
+        "versions": versions(),
+        "device": recipe.device,
+    }
+
+
+def plan_record(plan: Plan, refitted: Sequence[Refitted], covered: float) -> dict[str, Any]:
+    """The part of the record that tells of masks.
+
+    Args:
+        plan: as applied.
+        refitted: what the residual refit did, empty if it was off.
+        covered: fraction of the model's parameters that are in the plan's layers.
+    """
+    return {
+        "allocation": plan.allocation,
+        "sparsity": plan.sparsity,
+        "parameters_covered": covered,
+        "kl_predicted": plan.predicted,  # by the plan, before any refit
         "layers": {
             layer.name: {
                 "shape": list(layer.mask.shape),
@@ -117,9 +129,40 @@ def result_record(
             for layer in plan.layers
         },
         "refit": {r.name: {"loss_before": r.before, "loss_after": r.after} for r in refitted},
-        "stages": stages.records,
-        "versions": versions(),
-        "device": recipe.device,
+    }
+
+
+def shrunk_record(
+    recipe: Recipe,
+    dense: PreTrainedModel,
+    layers: Sequence[Layer],
+    best: Shrunk,
+    others: Sequence[Shrunk],
+    speed: Sequence[Speed],
+) -> dict[str, Any]:
+    """The part of the record that tells of a smaller model.
+
+    Args:
+        recipe: resolved.
+        dense: the model before.
+        layers: its layers that could be cut.
+        best: what was kept.
+        others: the plans that were built and lost.
+        speed: of the dense and of the smaller model.
+    """
+    before = sum(layer.weight.numel() for layer in layers)
+    after = sum(Layer(layer.name, best.model.get_submodule(layer.name)).weight.numel() for layer in layers)
+    return {
+        "sparsity": 1 - after / before,
+        "parameters": {"dense": dense.num_parameters(), "pruned": best.model.num_parameters()},
+        "widths": best.widths,
+        "shots": best.shots,
+        "kl_predicted": best.predicted,
+        "kl_calibration": best.kl,
+        "groups": {name: {"before": list(b), "after": list(a)} for name, (b, a) in best.sizes.items()},
+        "other_plans": [{"widths": o.widths, "shots": o.shots, "kl_calibration": o.kl} for o in others],
+        "speed": dict(zip(("dense", "pruned"), (asdict(s) for s in speed), strict=True)),
+        "refit": recipe.refit,
     }
 
 
@@ -130,43 +173,86 @@ def summary(record: dict[str, Any]) -> str:
         ("", "dense", "pruned"),
         ("loss (nats/token)", f"{record['dense']['loss']:.4f}", f"{record['pruned']['loss']:.4f}"),
         ("perplexity", f"{record['dense']['perplexity']:.3f}", f"{record['pruned']['perplexity']:.3f}"),
-        ("sparsity", "0.0%", f"{record['sparsity']:.1%}"),
+        ("weights removed" if record["structured"] else "sparsity", "0.0%", f"{record['sparsity']:.1%}"),
         (f"KL predicted{before} (nats/token)", "", f"{record['kl_predicted']:.4f}"),
         ("KL measured (nats/token)", "", f"{record['kl_measured']:.4f}"),
     ]
-    return "\n".join(f"{a:40}{b:>10}{c:>10}" for a, b, c in rows)
+    if record["structured"]:
+        parameters = record["parameters"]
+        rows.append(("parameters", f"{parameters['dense']:,}", f"{parameters['pruned']:,}"))
+        for name, label in (("prefill_ms", "prefill (ms/window)"), ("decode_ms", "decode (ms/token)")):
+            dense, pruned = record["speed"]["dense"][name], record["speed"]["pruned"][name]
+            rows.append((label, f"{dense:.2f}", f"{pruned:.2f}"))
+        for other in record["other_plans"]:
+            rows.append((_plan_label(other), "", f"{other['kl_calibration']:.4f}"))
+        rows.append((f"{_plan_label(record)} (kept)", "", f"{record['kl_calibration']:.4f}"))
+    return "\n".join(f"{a:40}{b:>14}{c:>14}" for a, b, c in rows)
+
+
+def _plan_label(plan: dict[str, Any]) -> str:
+    shots = "1 shot" if plan["shots"] == 1 else f"{plan['shots']} shots"
+    return f"calibration KL, {plan['widths']}, {shots}"
 
 
 def model_card(recipe: Recipe, record: dict[str, Any]) -> str:
     """README.md of the pruned model, with the metadata block that model hubs read."""
-    pattern = "" if recipe.pattern == "unstructured" else f" in the pattern {recipe.pattern}"
     base = "" if Path(recipe.model).expanduser().is_dir() else f"base_model: {recipe.model}\n"
+    how = (
+        f"in {'one shot' if record.get('shots', 1) == 1 else str(record['shots']) + ' shots'}, without training, by "
+        f"kfac-prune {record['versions']['kfac-prune']} (method `{record['method']}`"
+    )
+    load = _LOAD
+    if recipe.structured:
+        tags, loads = "[pruned, kfac-prune]", "It is a plain checkpoint and loads as any other:"
+        what = (
+            f"{record['sparsity']:.1%} of the weights of its blocks are gone: {record['parameters']['pruned']:,} of "
+            f"{record['parameters']['dense']:,} parameters are left.\nWhole hidden units or attention heads were "
+            f"removed and the remaining weights adjusted\n{how},\n"
+            f"{record['calibration']['tokens']:,} calibration tokens)."
+        )
+        if record["widths"] == "per-layer":
+            loads = "Its blocks have widths of their own, so its code comes with it (or use `kfac_prune.load`):"
+            load = load.replace(
+                'LM.from_pretrained("THIS_FOLDER")', 'LM.from_pretrained("THIS_FOLDER", trust_remote_code=True)'
+            )
+        note = ""
+    else:
+        pattern = "" if recipe.pattern == "unstructured" else f" in the pattern {recipe.pattern}"
+        tags, loads = (
+            "[pruned, sparse, kfac-prune]",
+            "It is a plain checkpoint with exact zeros and loads as any other:",
+        )
+        what = (
+            f"{record['sparsity']:.1%} of the weights of {len(record['layers'])} linear layers are zero{pattern}.\n"
+            f"Those layers hold {record['parameters_covered']:.1%} of the model's parameters.\n"
+            f"The remaining weights were adjusted {how},\n"
+            f"allocation `{record['allocation']}`, {record['calibration']['tokens']:,} calibration tokens)."
+        )
+        note = " Zeros alone make a model neither smaller nor faster on a server without kernels for their\npattern."
     return f"""---
 {base}library_name: transformers
 pipeline_tag: text-generation
-tags: [pruned, sparse, kfac-prune]
+tags: {tags}
 ---
 # {recipe.model.rstrip("/").rpartition("/")[2]}, pruned
 
-{record["sparsity"]:.1%} of the weights of {len(record["layers"])} linear layers are zero{pattern}.
-Those layers hold {record["parameters_covered"]:.1%} of the model's parameters.
-The remaining weights were adjusted in one shot, without training, by kfac-prune {record["versions"]["kfac-prune"]}
-(method `{record["method"]}`, allocation `{record["allocation"]}`,
-{record["calibration"]["tokens"]:,} calibration tokens).
+{what}
 
 ```
 {summary(record)}
 ```
 (measured on {record["evaluation_tokens"]:,} held-out tokens)
 
-It is a plain checkpoint with exact zeros and loads as any other:
+{loads}
 
-```python
+{load}
+`recipe.yaml` repeats the run (`kfac-prune prune --recipe recipe.yaml`); `kfac_prune.json` holds every figure.{note}
+"""
+
+
+_LOAD = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 ```
-
-`recipe.yaml` repeats the run (`kfac-prune prune --recipe recipe.yaml`); `kfac_prune.json` holds every figure, layer by
-layer. Zeros alone make a model neither smaller nor faster on a server without kernels for their pattern.
 """

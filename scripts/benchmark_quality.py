@@ -101,9 +101,6 @@ def run_model(name: str, reference: Path, levels: tuple[str, ...]) -> Any:
     curves = loss_curves(layers, factors)
     curve_seconds = time.perf_counter() - start - curvature_seconds
     dense = evaluate(model, test)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
-    ).stdout.strip()
     for method, allocation in METHODS.items():
         for level in levels:
             groups = None if level.endswith("%") else parse_pattern(level)
@@ -132,7 +129,7 @@ def run_model(name: str, reference: Path, levels: tuple[str, ...]) -> Any:
                 "seconds_curves": curve_seconds,
                 "device": model.device.type,
                 "threads": torch.get_num_threads(),
-                "commit": commit,
+                "commit": commit(),
                 "versions": versions(),
             }
             yield row | measured(model, test, dense, swap, time.perf_counter() - start)
@@ -165,10 +162,20 @@ def write_table(rows: list[dict[str, Any]], readme: Path) -> None:
             if any(found):
                 figures = (f"{r['d']:.4f}" if r and r["d"] < 0.1 else f"{r['d']:.3f}" if r else "–" for r in found)
                 lines.append(f"| {model} | {label} | " + " | ".join(figures) + " |")
-    text = readme.read_text()
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    readme.write_text(f"{head}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{tail}")
+    replace_between(readme, BEGIN, END, "\n".join(lines))
+
+
+def replace_between(path: Path, begin: str, end: str, content: str) -> None:
+    """Replace what stands between two marker lines of a file."""
+    head, _, rest = path.read_text().partition(begin)
+    _, _, tail = rest.partition(end)
+    path.write_text(f"{head}{begin}\n{content}\n{end}{tail}")
+
+
+def commit() -> str:
+    """Of the checkout."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracles import seeded
 
-from kfac_prune.allocate import MAX_SPARSITY, STEP, LossCurve, allocate, lower_hull
+from kfac_prune.allocate import MAX_SPARSITY, STEP, LossCurve, allocate, choose, lower_hull
 
 CURVES = {
     "q": LossCurve({0.3: 1e-4, 0.5: 8e-4, 0.7: 6e-3, 0.9: 9e-2}, 1000),
@@ -257,3 +257,87 @@ class TestAllocate:
     def test_a_layer_that_was_barely_touched_does_not_become_free(self):
         corrected = {**CURVES, "down": CURVES["down"].corrected(1e-9, 0.0)}
         assert allocate(corrected, 0.5) == pytest.approx(allocate(CURVES, 0.5), abs=1e-9)
+
+
+class TestChoose:
+    """Savings are whole numbers of bins here, so that rounding takes nothing away."""
+
+    @staticmethod
+    def instance(seed, groups=4, sizes=5, target=60, zero=True):
+        """Per group (saving, cost) pairs, in no particular order."""
+        generator = seeded(seed)
+        savings = torch.randint(0, 40, (groups, sizes), generator=generator).tolist()
+        costs = torch.rand(groups, sizes, generator=generator, dtype=torch.float64).tolist()
+        options = [list(zip(map(float, s), c, strict=True)) for s, c in zip(savings, costs, strict=True)]
+        return [[(0.0, 0.0), *group] for group in options] if zero else options, float(target)
+
+    @staticmethod
+    def reaching(options, target):
+        """Total cost of every choice that reaches the target."""
+        totals = {}
+        for choice in itertools.product(*(range(len(group)) for group in options)):
+            savings, costs = zip(*(group[i] for group, i in zip(options, choice, strict=True)), strict=True)
+            if sum(savings) >= target:
+                totals[choice] = sum(costs)
+        return totals
+
+    @pytest.mark.parametrize("zero", [True, False], ids=["with-nothing", "without"])
+    @pytest.mark.parametrize("target", [1, 17, 60, 90, 120])
+    @pytest.mark.parametrize("seed", range(6))
+    def test_is_the_cheapest_of_all_choices(self, seed, target, zero):
+        options, target = self.instance(seed, target=target, zero=zero)
+        totals = self.reaching(options, target)
+        taken = choose(options, target, bins=int(target))
+        if not totals:
+            assert taken is None
+            return
+        assert len(taken) == len(options)
+        assert tuple(taken) in totals  # one option per group, and they reach the target
+        assert totals[tuple(taken)] == pytest.approx(min(totals.values()), rel=1e-12)
+
+    @pytest.mark.parametrize("seed", range(6))
+    def test_more_bins_are_as_exact(self, seed):
+        options, target = self.instance(seed, target=50)
+        totals = self.reaching(options, target)
+        for bins in (50, 100, 4000):
+            assert totals[tuple(choose(options, target, bins=bins))] == pytest.approx(min(totals.values()), rel=1e-12)
+
+    @pytest.mark.parametrize("bins", [3, 10, 1000])
+    @pytest.mark.parametrize("seed", range(6))
+    def test_rounding_never_misses_the_target(self, seed, bins):
+        """Savings of any size; what rounding down may cost is a target that is higher by one bin per group."""
+        options, _ = self.instance(seed)
+        options = [[(saving * math.pi, cost) for saving, cost in group] for group in options]
+        target = 30 * math.e
+        taken = choose(options, target, bins=bins)
+        careful = self.reaching(options, target * (1 + len(options) / bins))
+        if taken is None:
+            assert not careful
+            return
+        totals = self.reaching(options, target)
+        assert tuple(taken) in totals
+        assert totals[tuple(taken)] <= min(careful.values(), default=math.inf) * (1 + 1e-12)
+
+    @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e9])
+    def test_the_unit_of_savings_does_not_matter(self, scale):
+        options, target = self.instance(3)
+        scaled = [[(saving * scale, cost) for saving, cost in group] for group in options]
+        assert choose(scaled, target * scale, bins=60) == choose(options, target, bins=60)
+
+    @pytest.mark.parametrize(
+        "options",
+        [[[(0.0, 0.0)]], [[(0.0, 0.0), (4.0, 1.0)], [(0.0, 0.0), (5.0, 1.0)]], []],
+        ids=["nothing-to-save", "too-little", "no-groups"],
+    )
+    def test_unreachable(self, options):
+        assert choose(options, 10.0, bins=10) is None
+
+    def test_all_of_it_is_reachable(self):
+        assert choose([[(0.0, 0.0), (4.0, 1.0)], [(0.0, 0.0), (6.0, 1.0)]], 10.0, bins=10) == [1, 1]
+
+    def test_what_costs_nothing_is_not_needed_to_be_small(self):
+        """One option far beyond the target wins where it is cheapest."""
+        assert choose([[(0.0, 0.0), (10.0, 5.0), (1000.0, 1.0)], [(0.0, 0.0), (10.0, 2.0)]], 10.0, bins=10) == [2, 0]
+
+    def test_a_group_must_take_what_it_offers(self):
+        assert choose([[(3.0, 7.0)], [(0.0, 0.0), (7.0, 1.0), (8.0, 2.0)]], 10.0, bins=10) == [0, 1]

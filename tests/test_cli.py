@@ -477,6 +477,12 @@ def test_options_reach_the_recipe(here):
         "batch_size": 3,
         "sparsity": 0.75,
         "pattern": "1:4",
+        "structured": None,
+        "target_params": None,
+        "target_latency": None,
+        "widths": None,
+        "multiple": None,
+        "shots": None,
         "method": "layerwise",
         "allocation": "uniform",
         "refit": False,
@@ -588,7 +594,8 @@ def test_inspect_lists_layers_without_weights(here, capsys):
     assert main(["inspect", "model"]) == 0
     captured = capsys.readouterr()
     rows = [row for row in captured.out.splitlines() if row.startswith("model.layers.")]
-    assert len(rows) == 14
+    groups = ["model.layers.0.mlp", "model.layers.1.mlp", "model.layers.0.self_attn", "model.layers.1.self_attn"]
+    assert [row.split()[0] for row in rows[14:]] == groups
     assert rows[6].split() == ["model.layers.0.mlp.down_proj", "32", "x", "48", "1,536", "no", "yes"]
     assert "14 layers hold 15,360 of 16,800 parameters (91.4%)" in captured.out
     assert "model.embed_tokens.weight [40, 32]" in captured.out
@@ -598,7 +605,10 @@ def test_inspect_lists_layers_without_weights(here, capsys):
 def test_inspect_tells_what_does_not_fit_and_filters(here, capsys):
     save_llama(here / "wide", intermediate_size=50)
     assert main(["inspect", "wide", "--include", "*.mlp.*", "--ignore", "*up*"]) == 0
-    rows = [row.split() for row in capsys.readouterr().out.splitlines() if row.startswith("model.layers.")]
+    out = capsys.readouterr().out
+    assert "FFN units cannot be removed" in out
+    assert "heads cannot be removed" in out
+    rows = [row.split() for row in out.splitlines() if row.startswith("model.layers.")]
     assert [(row[0].split(".", 2)[2], row[-1]) for row in rows] == [
         ("0.mlp.gate_proj", "yes"),
         ("0.mlp.down_proj", "no"),

@@ -1,6 +1,7 @@
 """The recipe: validation, patterns, YAML."""
 
 import dataclasses
+import itertools
 import math
 import random
 import re
@@ -15,11 +16,14 @@ from kfac_prune.errors import InputError
 PATHS = {"model": "m", "data": "d", "out": "o"}
 FIELDS = [f.name for f in dataclasses.fields(Recipe)]
 TEXTS = ("model", "data", "out", "text_field", "pattern", "method", "fisher", "device", "dtype")
-OPTIONAL_TEXTS = ("eval_data", "separator", "allocation")
+OPTIONAL_TEXTS = ("eval_data", "separator", "allocation", "structured", "widths")
 COUNTS = ("samples", "eval_samples", "seqlen", "batch_size", "seed")
 LISTS = ("include", "ignore")
 SWITCHES = ("overwrite", "trust_remote_code")
 OPTIONAL_SWITCHES = ("refit",)
+OPTIONAL_COUNTS = ("target_params", "multiple", "shots")
+OPTIONAL_NUMBERS = ("sparsity", "damping", "target_latency")
+GROUPS = (TEXTS, OPTIONAL_TEXTS, COUNTS, LISTS, SWITCHES, OPTIONAL_SWITCHES, OPTIONAL_COUNTS, OPTIONAL_NUMBERS)
 
 
 def recipe(**fields):
@@ -30,17 +34,15 @@ def recipe(**fields):
 
 
 def test_every_field_is_in_one_of_the_groups_above():
-    assert sorted(
-        (*TEXTS, *OPTIONAL_TEXTS, *COUNTS, *LISTS, *SWITCHES, *OPTIONAL_SWITCHES, "sparsity", "damping")
-    ) == sorted(FIELDS)
+    assert sorted(name for group in GROUPS for name in group) == sorted(FIELDS)
 
 
 WRONG_TYPES = (
     [(name, value) for name in TEXTS for value in (None, 3, 0.5, True, ["a"], ("a",), b"a", {})]
     + [(name, value) for name in OPTIONAL_TEXTS for value in (3, 0.5, False, ["a"], ("a",))]
     + [(name, value) for name in COUNTS for value in (None, "8", 8.0, True, [8], math.nan)]
-    + [("sparsity", value) for value in ("0.5", True, [0.5], {}, 1j)]
-    + [("damping", value) for value in (None, "0.1", True, [0.1], 1j)]
+    + [(name, value) for name in OPTIONAL_COUNTS for value in ("8", 8.0, True, [8], math.nan)]
+    + [(name, value) for name in OPTIONAL_NUMBERS for value in ("0.5", True, [0.5], {}, 1j)]
     + [(name, value) for name in LISTS for value in (None, "*.mlp.*", ["*"], (1,), ("a", None), 3)]
     + [(name, value) for name in SWITCHES for value in (None, "yes", 1, 0, [True])]
     + [(name, value) for name in OPTIONAL_SWITCHES for value in ("yes", 1, 0, [True])]
@@ -68,7 +70,7 @@ def test_value_out_of_range_names_field_value_and_range(name, value):
         recipe(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["method", "fisher", "dtype", "allocation"])
+@pytest.mark.parametrize("name", ["method", "fisher", "dtype", "allocation", "widths"])
 @pytest.mark.parametrize("value", ["", "KFAC", "sampled ", "int8", "automatic"])
 def test_unknown_choice_lists_the_choices(name, value):
     choices = next(f for f in dataclasses.fields(Recipe) if f.name == name).metadata["choices"]
@@ -241,10 +243,11 @@ def test_pattern_allows_only_uniform_allocation(allocation):
     ],
     ids=str,
 )
-def test_resolved_fills_in_sparsity_allocation_and_refit_only(fields, sparsity, allocation):
+def test_resolved_fills_in_what_was_left_open_only(fields, sparsity, allocation):
     made = recipe(**fields)
     refit = made.method in ("kfac", "layerwise")  # the methods that compensate
-    assert made.resolved() == dataclasses.replace(made, sparsity=sparsity, allocation=allocation, refit=refit)
+    filled = {"sparsity": sparsity, "allocation": allocation, "refit": refit, "damping": 0.03}
+    assert made.resolved() == dataclasses.replace(made, **filled)
     assert made.resolved().resolved() == made.resolved()
 
 
@@ -252,6 +255,103 @@ def test_resolved_fills_in_sparsity_allocation_and_refit_only(fields, sparsity, 
 @pytest.mark.parametrize("method", METHODS)
 def test_refit_that_was_chosen_stays(method, refit):
     assert recipe(method=method, refit=refit).resolved().refit is refit
+
+
+# --- structured pruning
+
+
+@pytest.mark.parametrize(
+    ("text", "kinds"),
+    [
+        ("ffn", ("ffn",)),
+        ("heads", ("heads",)),
+        ("ffn,heads", ("ffn", "heads")),
+        ("heads,ffn", ("heads", "ffn")),
+        (" ffn , heads ", ("ffn", "heads")),
+    ],
+)
+def test_kinds(text, kinds):
+    assert recipe(structured=text).kinds == kinds
+
+
+@pytest.mark.parametrize("text", ["", " ", ",", "FFN", "mlp", "ffn heads", "ffn;heads", "ffn,ffn", "ffn,layers"])
+def test_bad_kinds_are_quoted(text):
+    with pytest.raises(InputError, match=f"^structured is {re.escape(repr(text))}; it must be 'ffn', 'heads' or "):
+        recipe(structured=text)
+
+
+def test_without_structured_there_are_no_kinds():
+    assert recipe().kinds == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("target_params", 1000), ("target_latency", 2.5), ("widths", "uniform"), ("multiple", 8), ("shots", 2)],
+)
+def test_options_of_structured_pruning_need_it(name, value):
+    with pytest.raises(InputError, match=f"^{name} is an option of structured pruning; add structured"):
+        recipe(**{name: value})
+    assert getattr(recipe(structured="ffn", **{name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"pattern": "2:4"}, "pattern 2:4"),
+        ({"pattern": "2:4", "sparsity": 0.5}, "pattern 2:4"),
+        ({"allocation": "curves"}, "allocation curves"),
+        ({"allocation": "uniform"}, "allocation uniform"),
+    ],
+    ids=str,
+)
+def test_options_of_sparse_weights_are_refused(fields, named):
+    with pytest.raises(InputError, match=f"^{named} is for sparse weights, structured removes whole units; drop one"):
+        recipe(structured="ffn", **fields)
+
+
+TARGETS = {"sparsity": 0.3, "target_params": 1000, "target_latency": 2.5}
+
+
+@pytest.mark.parametrize("names", [c for n in (2, 3) for c in itertools.combinations(TARGETS, n)], ids="-".join)
+def test_only_one_target(names):
+    with pytest.raises(InputError, match=f"^{' and '.join(names)} each say how much to remove; give one of them"):
+        recipe(structured="ffn", **{name: TARGETS[name] for name in names})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name in OPTIONAL_COUNTS for value in (0, -1, -(10**30))]
+    + [("target_latency", value) for value in (0, 0.0, -2.5, math.nan, math.inf, -math.inf)],
+)
+def test_structured_value_out_of_range(name, value):
+    with pytest.raises(InputError, match=f"^{name} is {re.escape(str(value))}; it must be above 0"):
+        recipe(structured="ffn", **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("fields", "sparsity"),
+    [
+        ({}, 0.5),
+        ({"sparsity": 0.0}, 0.0),
+        ({"sparsity": 0.2}, 0.2),
+        ({"target_params": 1000}, None),
+        ({"target_latency": 2.5}, None),
+        ({"method": "layerwise", "widths": "per-layer", "shots": 3, "multiple": 16}, 0.5),
+        ({"method": "magnitude"}, 0.5),
+    ],
+    ids=str,
+)
+def test_resolved_leaves_structured_targets_alone(fields, sparsity):
+    made = recipe(structured="ffn,heads", **fields)
+    filled = {"sparsity": sparsity, "allocation": None, "damping": 0.001}
+    assert made.resolved() == dataclasses.replace(made, refit=made.method in ("kfac", "layerwise"), **filled)
+    assert made.resolved().resolved() == made.resolved()
+
+
+@pytest.mark.parametrize("structured", [None, "ffn"])
+@pytest.mark.parametrize("damping", [0.03, 0.001, 0.2, 1])
+def test_damping_that_was_chosen_stays(structured, damping):
+    assert recipe(structured=structured, damping=damping).resolved().damping == damping
 
 
 # --- YAML
@@ -273,6 +373,8 @@ def round_trip(made, folder):
         {"sparsity": 0, "damping": 1},
         {"separator": "\n\n", "include": ("*.mlp.*", "yes"), "ignore": ("null", "1", "1e3", "- x: y")},
         {"model": "../Grüße 模型", "data": "no", "out": "~", "eval_data": "2024-01-01", "text_field": "0x10"},
+        {"structured": "ffn,heads", "target_latency": 2.5, "widths": "per-layer", "multiple": 16, "shots": 2},
+        {"structured": "heads", "target_params": 10**12},
         {"overwrite": True, "trust_remote_code": True, "seed": 2**62, "dtype": "bfloat16", "device": "cuda:1"},
     ],
     ids=str,
@@ -364,7 +466,23 @@ def test_random_values_give_a_valid_recipe_or_an_input_error():
     rng = random.Random(0)
     numbers = (0, 1, -1, 2, 64, 2**31, 2**63, 2**64, -(2**70), 10**400)
     reals = (0.0, -0.0, 0.5, 0.75, 1.0, 1.5, -0.1, 1e-320, 1e308, math.nan, math.inf, -math.inf)
-    texts = ("", " ", "2:4", "4:2", "kfac", "magnitude", "uniform", "curves", "cpu", "\0", "é\n", "%s{}", "x" * 10_000)
+    texts = (
+        "",
+        " ",
+        "2:4",
+        "4:2",
+        "kfac",
+        "magnitude",
+        "uniform",
+        "curves",
+        "cpu",
+        "ffn",
+        "heads,ffn",
+        "\0",
+        "é\n",
+        "%s{}",
+        "x" * 10_000,
+    )
 
     def anything(depth=0):
         kind = rng.randrange(8 if depth < 2 else 5)
@@ -392,9 +510,12 @@ def test_random_values_give_a_valid_recipe_or_an_input_error():
             refused += 1
         else:
             valid += 1
-            assert 0 <= made.sparsity < 1, fields
             assert 0 < made.damping <= 1, fields
-            assert made.allocation in ALLOCATIONS[made.method], fields
+            if made.structured is None:
+                assert 0 <= made.sparsity < 1, fields
+                assert made.allocation in ALLOCATIONS[made.method], fields
+            else:
+                assert set(made.kinds) <= {"ffn", "heads"}, fields
             assert min(made.samples, made.eval_samples, made.batch_size, made.seqlen - 1, made.seed + 1) >= 1, fields
     assert valid > 100
     assert refused > 500

@@ -17,14 +17,15 @@ MAX_LINES = 400
 #: in one row does not know its neighbours.
 LAYERS = (
     ("errors",),
-    ("config", "linalg", "reference", "data", "store"),
+    ("config", "linalg", "reference", "data", "store", "pruned_model"),
     ("kernels", "models", "quality"),
-    ("backend", "operators", "stream", "export", "inspect_model"),
+    ("backend", "operators", "stream", "export"),
     ("obs", "curvature"),
     ("allocate",),
     ("plan",),
     ("refitting",),
-    ("report", "demo"),
+    ("structure",),
+    ("report", "demo", "inspect_model"),
     ("pipeline",),
     ("cli",),
     ("__init__", "__main__"),

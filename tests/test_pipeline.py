@@ -409,6 +409,137 @@ def test_the_recipe_beside_the_result_repeats_it(fields, recipe, tmp_path):
     assert bytes_of(made.out) == bytes_of(tmp_path / "again")
 
 
+# --- structured pruning
+
+
+@pytest.fixture(scope="module", params=["uniform", "per-layer"])
+def shrunk(request, place, tmp_path_factory):
+    """One finished structured run, and both models, loaded from their folders."""
+    out, lines = tmp_path_factory.mktemp("structured") / "out", []
+    options = {"samples": 48, "eval_samples": 16, "seqlen": 16, "sparsity": 0.4, "shots": 1}
+    made = Recipe(
+        model=str(place / "llama"),
+        data=str(place / "text.txt"),
+        out=str(out),
+        structured="ffn,heads",
+        widths=request.param,
+        **options,
+    )
+    record = run(made, echo=lines.append)
+    return SimpleNamespace(
+        recipe=made,
+        record=record,
+        out=out,
+        lines=lines,
+        dense=load(place / "llama"),
+        pruned=kfac_prune.load(out).eval(),
+    )
+
+
+def test_structured_folder_is_complete_and_smaller(shrunk):
+    own_code = {"pruned_model.py"} if shrunk.recipe.widths == "per-layer" else set()
+    found = {file.name for file in shrunk.out.iterdir()}
+    assert found >= WRITTEN | own_code
+    assert own_code or "pruned_model.py" not in found
+    assert json.loads((shrunk.out / "kfac_prune.json").read_text()) == shrunk.record
+    before, after = (folder / "model.safetensors" for folder in (Path(shrunk.recipe.model), shrunk.out))
+    assert after.stat().st_size < 0.75 * before.stat().st_size
+
+
+def test_structured_record_tells_what_is_gone(shrunk):
+    record, dense, pruned = shrunk.record, matrices(shrunk.dense), matrices(shrunk.pruned)
+    left, had = (sum(w.numel() for w in weights.values()) for weights in (pruned, dense))
+    assert record["structured"] == "ffn,heads"
+    assert record["sparsity"] == pytest.approx(1 - left / had)
+    assert record["sparsity"] >= 0.4
+    assert record["parameters"] == {"dense": shrunk.dense.num_parameters(), "pruned": shrunk.pruned.num_parameters()}
+    assert record["widths"] == shrunk.recipe.widths
+    assert record["shots"] == 1
+    assert record["other_plans"] == []
+    assert record["damping"] == 0.001
+    assert record["refit"] is True
+    assert record["kl_predicted"] > 0
+    assert record["kl_calibration"] > 0
+    for i in range(2):
+        ffn = record["groups"][f"model.layers.{i}.mlp"]
+        assert (ffn["before"], ffn["after"]) == ([48], [pruned[f"model.layers.{i}.mlp.down_proj"].shape[1]])
+        heads = record["groups"][f"model.layers.{i}.self_attn"]
+        groups, per_group = heads["after"]
+        assert heads["before"] == [2, 2]
+        assert pruned[f"model.layers.{i}.self_attn.k_proj"].shape[0] == 8 * groups
+        assert pruned[f"model.layers.{i}.self_attn.o_proj"].shape[1] == 8 * groups * per_group
+    for name in ("dense", "pruned"):
+        assert all(ms > 0 for ms in record["speed"][name].values())
+
+
+def test_structured_checkpoint_reloads_as_what_was_measured(shrunk):
+    ids = held_out(shrunk.recipe, AutoTokenizer.from_pretrained(shrunk.out))
+    loss, kl = loss_and_kl(shrunk.pruned, shrunk.dense, ids)
+    assert shrunk.record["pruned"]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert shrunk.record["kl_measured"] == pytest.approx(kl, rel=1e-3)
+    config = json.loads((shrunk.out / "config.json").read_text())
+    assert ("pruned_shapes" in config) == (shrunk.recipe.widths == "per-layer")
+    if shrunk.recipe.widths == "uniform":  # transformers alone loads it
+        with torch.no_grad():
+            plain = load(shrunk.out)(input_ids=ids).logits
+            torch.testing.assert_close(plain, shrunk.pruned(input_ids=ids).logits)
+
+
+def test_structured_model_card_tells_how_to_load(shrunk):
+    card = (shrunk.out / "README.md").read_text()
+    assert f"{shrunk.record['parameters']['pruned']:,} of" in card
+    assert f"{shrunk.record['kl_measured']:.4f}" in card
+    assert "zeros" not in card
+    assert ("trust_remote_code=True" in card) == (shrunk.recipe.widths == "per-layer")
+    assert ("kfac_prune.load" in card) == (shrunk.recipe.widths == "per-layer")
+    assert ("plain checkpoint" in card) == (shrunk.recipe.widths == "uniform")
+
+
+def test_structured_stages_are_told_in_order(shrunk):
+    stages = ["load", "measure dense", "shrink", "measure pruned", "measure speed", "save"]
+    assert [line[2:] for line in shrunk.lines if line.startswith("- ")] == list(shrunk.record["stages"]) == stages
+    assert shrunk.lines[-1] == f"saved to {shrunk.out}"
+    table = next(line for line in shrunk.lines if line.startswith("group"))
+    assert [row.split()[0] for row in table.splitlines()[1:]] == list(shrunk.record["groups"])
+
+
+@pytest.mark.parametrize("model", ["gpt2", "opt"])
+def test_structured_run_repeats_to_the_byte(model, recipe, tmp_path):
+    made = recipe(model, structured="ffn", sparsity=0.3)
+    one = run(made)
+    again = Recipe(**{**read_recipe(str(Path(made.out) / "recipe.yaml")), "out": str(tmp_path / "again")})
+    two = run(again)
+    assert bytes_of(made.out) == bytes_of(tmp_path / "again")
+    for record in (one, two):
+        del record["stages"], record["speed"]
+    assert one == two
+    assert {one["widths"], one["other_plans"][0]["widths"]} == {"uniform", "per-layer"}
+    assert one["kl_calibration"] <= one["other_plans"][0]["kl_calibration"]
+
+
+def test_parameters_that_were_asked_for(recipe):
+    dense = llama().num_parameters()
+    record = run(recipe(structured="ffn,heads", target_params=int(0.7 * dense), multiple=1))
+    assert record["parameters"]["dense"] == dense
+    assert 0.65 * dense < record["parameters"]["pruned"] <= 0.7 * dense
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "message"),
+    [
+        ("gpt2", {"structured": "heads"}, "use --structured ffn"),
+        ("llama", {"structured": "ffn", "ignore": ("*.down_proj",)}, "no FFN of LlamaForCausalLM"),
+        ("llama", {"structured": "ffn", "target_params": 10**6}, "--target-params is 1,000,000"),
+    ],
+    ids=["heads", "ffn", "parameters"],
+)
+def test_structured_runs_are_refused_before_the_work(model, fields, message, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "evaluate", lambda *a, **k: pytest.fail("the work began"))
+    with pytest.raises(InputError, match=message):
+        run(recipe(model, **fields))
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- options
 
 

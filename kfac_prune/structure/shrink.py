@@ -1,0 +1,205 @@
+"""From a model and the units that stay to a smaller model of the same kind."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.pytorch_utils import Conv1D
+
+from kfac_prune.errors import InputError
+from kfac_prune.pruned_model import with_own_widths
+from kfac_prune.structure.groups import AttentionHeads, FfnUnits, Group
+
+#: What configurations call the FFN's width.
+WIDTH_FIELDS = ("intermediate_size", "ffn_dim", "n_inner")
+#: Classes under which transformers finds a model with widths of its own.
+AUTO_CLASSES: dict[str, Mapping[str, str | Sequence[str]]] = {
+    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForImageClassification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
+}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What stays of one group, and the consumer's new weights.
+
+    Attributes:
+        group: of the model that is cut.
+        kept: its selection.
+        weight: of the consumer, [out, columns that stay].
+        bias: of the consumer, [out], or None.
+    """
+
+    group: Group
+    kept: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+def shrink(model: PreTrainedModel, cuts: Sequence[Cut], *, plain: bool = False) -> PreTrainedModel:
+    """A new, smaller model: producers' rows sliced, consumers' weights replaced, all other tensors shared.
+
+    Where every FFN has one width and every attention the same heads, and an architecture can say so, the result is a
+    plain model with a plain configuration. Otherwise it is one with widths of its own (``pruned_model``).
+
+    Args:
+        model: stays as it is.
+        cuts: of its groups.
+        plain: insist on a plain configuration.
+
+    Raises:
+        InputError: a cut leaves nothing of a group, or ``plain`` cannot be had; names group and numbers.
+    """
+    state = model.state_dict()
+    shapes: dict[str, list[int]] = dict(getattr(model.config, "pruned_shapes", {}))
+    heads: dict[str, list[int]] = dict(getattr(model.config, "pruned_heads", {}))
+    for cut in cuts:
+        if cut.kept.numel() == 0:
+            raise InputError(f"{cut.group.name} would lose all of its units; at least one must stay")
+        for layer, rows in cut.group.rows(cut.kept):
+            rows = rows.to(layer.weight.device)
+            _put(state, layer.name, layer.module, layer.weight[rows], None if layer.bias is None else layer.bias[rows])
+            shapes[layer.name] = [len(rows), layer.shape[1]]
+        consumer = cut.group.consumer
+        _put(state, consumer.name, consumer.module, cut.weight, cut.bias)
+        shapes[consumer.name] = list(cut.weight.shape)
+        if isinstance(cut.group, AttentionHeads):
+            heads[cut.group.name] = [cut.kept.numel(), len(cut.kept)]
+    widths = {cut.kept.numel() for cut in cuts if isinstance(cut.group, FfnUnits)}
+    counts = {(len(cut.kept), cut.kept.shape[1]) for cut in cuts if isinstance(cut.group, AttentionHeads)}
+    if len(widths) <= 1 and len(counts) <= 1:
+        for empty in _plain_models(model, min(widths, default=None), min(counts, default=None)):
+            if _shapes(empty) == {name: tensor.shape for name, tensor in state.items()}:
+                return _filled(empty, state, model)
+    if plain:
+        raise InputError(_refusal(model, cuts, widths, counts))
+    base = base_class(model)
+    config = copy.deepcopy(model.config)
+    config.pruned_shapes, config.pruned_heads = shapes, heads
+    config.auto_map = {_auto_class(base): f"pruned_model.Pruned{base.__name__}"}
+    with torch.device("meta"):
+        empty = with_own_widths(base)(config)
+    return _filled(empty, state, model)
+
+
+def base_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """The class of transformers that a model is of, or is a version with widths of its own of."""
+    kind = type(model)
+    return cast(type[PreTrainedModel], kind.__mro__[1]) if hasattr(model.config, "pruned_shapes") else kind
+
+
+def accepted_heads(model: PreTrainedModel, attention: AttentionHeads) -> set[tuple[int, int]]:
+    """The (KV groups, query heads per group), up to the present ones, that a plain configuration can hold."""
+    accepted = set()
+    for groups in range(1, attention.groups + 1):
+        for per_group in range(1, attention.per_group + 1):
+            kept = attention.everything()[:groups, :per_group]
+            wanted = {layer.name: len(rows) for layer, rows in attention.rows(kept)}
+            for empty in _plain_models(model, None, (groups, per_group), attention.head_dim):
+                if all(_rows(empty.get_submodule(name)) == rows for name, rows in wanted.items()):
+                    accepted.add((groups, per_group))
+    return accepted
+
+
+def _plain_models(
+    model: PreTrainedModel, width: int | None, counts: tuple[int, int] | None, head_dim: int | None = None
+) -> Iterator[PreTrainedModel]:
+    """Empty models (on the meta device) of plain configurations with these sizes, as far as any accepts them."""
+    fields: dict[str, Any] = {k: v for k, v in model.config.to_dict().items() if k not in _OWN}
+    if width is not None:
+        fields |= {name: width for name in WIDTH_FIELDS if hasattr(model.config, name)}
+    if counts is not None:
+        groups, per_group = counts
+        fields |= {"num_attention_heads": groups * per_group, "num_key_value_heads": groups}
+        fields["head_dim"] = head_dim or _head_dim(model)
+    base = base_class(model)
+    kinds: list[tuple[Any, Any, dict[str, Any]]] = [(base, base.config_class, fields)]
+    if fields["model_type"] == "llama" and not fields.get("attention_bias") and not fields.get("mlp_bias"):
+        # Llama's configuration refuses head counts that do not divide hidden_size; Mistral's is the same network
+        mistral = getattr(transformers, base.__name__.replace("Llama", "Mistral"), None)
+        if mistral is not None:
+            renamed = {"model_type": "mistral", "sliding_window": None, "architectures": [mistral.__name__]}
+            kinds.append((mistral, transformers.MistralConfig, fields | renamed))
+    for kind, config_class, values in kinds:
+        try:
+            config = config_class.from_dict(values)
+            config._attn_implementation = model.config._attn_implementation
+            with torch.device("meta"):
+                empty = kind(config)
+        except Exception:  # each configuration refuses in its own way; there is no plain model of it then
+            continue
+        yield empty
+
+
+_OWN = ("pruned_shapes", "pruned_heads", "auto_map")
+
+
+def _put(state: dict[str, Tensor], name: str, module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    """Set a layer's weight [out, in] and bias in a state dict, in the dtype and layout of its module."""
+    dtype = state[f"{name}.weight"].dtype
+    state[f"{name}.weight"] = (weight.T if isinstance(module, Conv1D) else weight).to(dtype, copy=True).contiguous()
+    if bias is not None:
+        state[f"{name}.bias"] = bias.to(dtype, copy=True)
+
+
+def _filled(empty: PreTrainedModel, state: Mapping[str, Tensor], model: PreTrainedModel) -> PreTrainedModel:
+    """Give an empty model its tensors; buffers that no checkpoint holds (rotary frequencies) come from ``model``."""
+    empty.load_state_dict(state, assign=True)
+    empty.tie_weights()
+    for name, buffer in model.named_buffers():
+        parent, _, child = name.rpartition(".")
+        empty.get_submodule(parent)._buffers[child] = buffer
+    rest = [name for name, tensor in (*empty.named_parameters(), *empty.named_buffers()) if tensor.is_meta]
+    assert not rest, f"{rest[0]} was left empty"
+    if model.can_generate():
+        empty.generation_config = copy.deepcopy(model.generation_config)
+    empty.eval()
+    return empty
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def _rows(module: nn.Module) -> int:
+    """Output width of a linear layer."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[1 if isinstance(module, Conv1D) else 0]
+
+
+def _head_dim(model: PreTrainedModel) -> int:
+    return int(getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads)
+
+
+def _auto_class(base: type[PreTrainedModel]) -> str:
+    for name, classes in AUTO_CLASSES.items():
+        if any(base.__name__ == c or base.__name__ in c for c in classes.values()):
+            return name
+    raise InputError(f"no Auto class of transformers loads {base.__name__}, so widths of its own cannot be saved")
+
+
+def _refusal(model: PreTrainedModel, cuts: Sequence[Cut], widths: set[int], counts: set[tuple[int, int]]) -> str:
+    kind = model.config.model_type
+    if len(widths) > 1 or len(counts) > 1:
+        return f"a plain {kind} configuration holds one width for all blocks, and these have {len(widths | counts)}"
+    attention = next((cut.group for cut in cuts if isinstance(cut.group, AttentionHeads)), None)
+    if attention is None or not counts:
+        return f"a plain {kind} configuration cannot hold FFNs of width {min(widths)} in some blocks only"
+    fits = ", ".join(f"{g * q} in {g} KV groups" for g, q in sorted(accepted_heads(model, attention)))
+    groups, per_group = min(counts)
+    return (
+        f"a {kind} configuration cannot hold {groups * per_group} heads in {groups} KV groups; it can hold "
+        f"{fits or 'no other than its own'}"
+    )

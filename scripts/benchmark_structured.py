@@ -1,0 +1,141 @@
+"""Structured pruning of the reference models: loss, size and speed against what is removed, per method.
+
+The protocol is that of scripts/benchmark_quality.py. Every cell is one JSON line with commit, device and versions; the
+tables in README.md are written from those lines. Prefill and decode are timed dense and pruned in turns.
+
+    python scripts/benchmark_structured.py --models babyllama-tok361 --out benchmarks/structured.jsonl
+    python scripts/benchmark_structured.py --table      # only rewrite README's tables
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark_quality import MODELS, ROOT, commit, replace_between, windows
+from transformers.utils import logging
+
+from kfac_prune.models import context_length, load_model, prunable_layers
+from kfac_prune.quality import evaluate
+from kfac_prune.report import peak_memory_bytes, versions
+from kfac_prune.structure.groups import find_heads
+from kfac_prune.structure.latency import speeds
+from kfac_prune.structure.prune import Settings, prune_structured, weights_target
+
+LEVELS = (10, 20, 30, 40, 50)
+#: Row of the table -> settings. All of them measure their cost curves and keep the better kind of plan.
+METHODS = {
+    "magnitude": Settings(method="magnitude", shots=1, refit=False, batch_size=16),
+    "layerwise": Settings(method="layerwise", shots=1, refit=False, batch_size=16),
+    "kfac": Settings(method="kfac", shots=1, refit=False, batch_size=16),
+    "kfac+refit": Settings(batch_size=16),
+}
+LABELS = {
+    "magnitude": "magnitude",
+    "layerwise": "layer-wise (G = I)",
+    "kfac": "K-FAC",
+    "kfac+refit": "**K-FAC + refit, shots (default)**",
+}
+BEGIN, END = "<!-- structured table: begin -->", "<!-- structured table: end -->"
+
+
+def main() -> None:
+    """Run the cells that were asked for, then write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reference", type=Path, default=ROOT.parent / "shared" / "reference",
+                        help="folder with models/ and text/; default: %(default)s")  # fmt: skip
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
+    parser.add_argument("--levels", nargs="+", type=int, default=LEVELS, help="percent removed; default: %(default)s")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "structured.jsonl",
+                        help="JSON lines; cells that are run again are replaced; default: %(default)s")  # fmt: skip
+    parser.add_argument("--table", action="store_true", help="run nothing, only write the tables into README.md")
+    arguments = parser.parse_args()
+    rows = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
+    if not arguments.table:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        for name in arguments.models:
+            for row in run_model(name, arguments):
+                cell = {k: row[k] for k in ("model", "method", "percent")}
+                rows = [old for old in rows if any(old[k] != cell[k] for k in cell)] + [row]
+                arguments.out.parent.mkdir(parents=True, exist_ok=True)
+                arguments.out.write_text("".join(json.dumps(r) + "\n" for r in rows))
+                print(
+                    f"{name:25} {row['method']:11} {row['percent']:3} %  d {row['d']:.4f}  KL {row['kl']:.4f}  "
+                    f"{row['widths']}, {row['shots']} shots, prefill x{row['prefill_speedup']:.2f}  "
+                    f"{row['seconds']:.0f} s",
+                    flush=True,
+                )
+    replace_between(ROOT / "README.md", BEGIN, END, table(rows))
+
+
+def run_model(name: str, arguments: argparse.Namespace) -> Any:
+    """Yield one row per level and method."""
+    model = load_model(str(arguments.reference / "models" / name), dtype="float32")
+    length = min(context_length(model) or 256, 256)
+    calibration, test = windows(name, arguments.reference, length)
+    layers = prunable_layers(model)
+    kinds: Any = ("ffn", "heads") if find_heads(model, layers) else ("ffn",)
+    dense = evaluate(model, test, batch_size=16)
+    for percent in arguments.levels:
+        for method in arguments.methods:
+            target = weights_target(model, layers, percent / 100)
+            start = time.perf_counter()
+            try:
+                best, others = prune_structured(
+                    model, layers, calibration, target, kinds=kinds, settings=METHODS[method]
+                )
+            except ValueError as error:
+                print(f"{name} {percent} %: {error}", flush=True)
+                continue
+            seconds = time.perf_counter() - start
+            quality = evaluate(best.model, test, dense=model, batch_size=16)
+            before, after = speeds([model, best.model], length)
+            removed = sum(layer.weight.numel() for layer in layers) - sum(
+                layer.weight.numel() for layer in prunable_layers(best.model)
+            )
+            yield {
+                "model": name,
+                "method": method,
+                "percent": percent,
+                "kinds": kinds,
+                "removed": removed / sum(layer.weight.numel() for layer in layers),
+                "parameters": [model.num_parameters(), best.model.num_parameters()],
+                "dense_loss": dense.loss,
+                "d": quality.loss - dense.loss,
+                "kl": quality.kl,
+                "kl_predicted": best.predicted,
+                "widths": best.widths,
+                "shots": best.shots,
+                "other_plans": {f"{o.widths} {o.shots}": o.kl for o in others},
+                "prefill_ms": [before.prefill_ms, after.prefill_ms],
+                "decode_ms": [before.decode_ms, after.decode_ms],
+                "prefill_speedup": before.prefill_ms / after.prefill_ms,
+                "decode_speedup": before.decode_ms / after.decode_ms,
+                "seconds": seconds,
+                "peak_memory_bytes": peak_memory_bytes(),
+                "device": model.device.type,
+                "threads": torch.get_num_threads(),
+                "commit": commit(),
+                "versions": versions(),
+            }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Loss increase per model, method and level."""
+    lines = ["| model | method | " + " | ".join(f"{p}%" for p in LEVELS) + " |", "|---|---|" + "---|" * len(LEVELS)]
+    cells = {(r["model"], r["method"], r["percent"]): r for r in rows}
+    for model in MODELS:
+        for method, label in LABELS.items():
+            found = [cells.get((model, method, percent)) for percent in LEVELS]
+            if any(found):
+                figures = (f"{r['d']:.4f}" if r and r["d"] < 0.1 else f"{r['d']:.3f}" if r else "–" for r in found)
+                lines.append(f"| {model} | {label} | " + " | ".join(figures) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
