@@ -33,8 +33,8 @@ DAMPING = Damping(1e-3)
 #: A plan whose predicted loss exceeds this many nats per token is tried in several shots as well.
 LARGE_LOSS = 0.05
 SHOTS = 3
-#: Several shots are kept unless the held-out windows find them worse by this fraction: few windows cannot tell less, and
-#: on other text they are better by 3-10 %.
+#: Several shots are kept unless the held-out windows find them worse by this fraction: few windows cannot tell less,
+#: and on other text they are better by 3-10 %.
 TOLERANCE = 0.05
 #: Calibration windows on which curves are measured and finished plans compared; nothing is fitted to them.
 HELD_OUT = 16
