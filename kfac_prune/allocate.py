@@ -123,7 +123,7 @@ def choose(options: Sequence[Sequence[tuple[float, float]]], target: float, bins
     for group in options:
         new, option, before = torch.full_like(best, math.inf), *torch.zeros(2, bins + 1, dtype=torch.int64)
         for i, (saving, cost) in enumerate(group):
-            skip = min(int(saving / unit + 1e-9), bins)
+            skip = max(min(int(saving / unit + 1e-9), bins), 0)
             moved, origin = torch.full_like(best, math.inf), torch.arange(-skip, bins + 1 - skip)
             moved[skip:] = best[: bins + 1 - skip] + cost
             origin[bins] = bins - skip + int(best[bins - skip :].argmin())
@@ -132,8 +132,10 @@ def choose(options: Sequence[Sequence[tuple[float, float]]], target: float, bins
             new[better], option[better], before[better] = moved[better], i, origin[better]
         best = new
         steps.append((option, before))
-    if not math.isfinite(float(best[bins])):
-        return None
+    if not math.isfinite(float(best[bins])):  # out of reach, or reached only by the last units, which rounding lost
+        most = [[saving for saving, _ in group].index(max(saving for saving, _ in group)) for group in options]
+        reached = sum(group[i][0] for group, i in zip(options, most, strict=True)) >= target * (1 - 1e-9)
+        return most if reached else None
     at, result = bins, []
     for option, before in reversed(steps):
         result.append(int(option[at]))

@@ -8,7 +8,7 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kfac_prune.errors import InputError
-from kfac_prune.models import Layer, load_config, prunable_layers
+from kfac_prune.models import Layer, class_with_own_widths, load_config, prunable_layers
 from kfac_prune.structure.groups import FfnUnits, Group, find_ffn, find_heads, saving
 from kfac_prune.structure.shrink import accepted_heads
 
@@ -28,8 +28,12 @@ def describe(
         InputError: not a causal language model, or a pattern that matches nothing.
     """
     config = load_config(source, trust_remote_code=trust_remote_code)
+    own = class_with_own_widths(config)
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        if own is not None:
+            model = own(config)
+        else:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     model.tie_weights()
     layers = prunable_layers(model, include, ignore)
     width = max(len(layer.name) for layer in layers)
@@ -63,8 +67,11 @@ def structure(model: PreTrainedModel, layers: Sequence[Layer]) -> str:
         everything = group.everything()
         ffn = isinstance(group, FfnUnits)
         size = f"{len(everything)} hidden" if ffn else f"{len(everything)} x {everything.shape[1]} heads"
-        each = saving(group, everything[1:]) if len(everything) > 1 else saving(group, everything[:, 1:])
-        lines.append(f"{group.name:{width}}  {size:>20}  {each:>12,}")
+        if len(everything) > 1:
+            each = f"{saving(group, everything[1:]):,}"
+        else:
+            each = f"{saving(group, everything[:, 1:]):,}" if everything.numel() > 1 else "the last"
+        lines.append(f"{group.name:{width}}  {size:>20}  {each:>12}")
     if not find_ffn(model, layers):
         lines.append("FFN units cannot be removed: no FFN has a known layout with all of its layers to be pruned")
     if not heads:

@@ -61,13 +61,20 @@ class Layer:
         """(out, in)."""
         return self.weight.shape[0], self.weight.shape[1]
 
+    def parameters(self) -> list[nn.Parameter]:
+        """The weight and, where there is one, the bias."""
+        return [p for p in (self._parameter, self.module.bias) if isinstance(p, nn.Parameter)]
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """A matrix [out, in] in the layout in which the module stores its weight."""
+        return matrix.T if isinstance(self.module, Conv1D) else matrix
+
     def assign(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Replace W [out, in] (and the bias [out]) by new tensors in the parameter's dtype and on its device.
 
         The old tensors are not written to: whoever holds them (``dense_weights``) keeps the dense values.
         """
-        stored = weight.T if isinstance(self.module, Conv1D) else weight
-        _replace(self._parameter, stored)
+        _replace(self._parameter, self.stored(weight))
         if bias is not None:
             assert isinstance(self.module.bias, nn.Parameter)
             _replace(self.module.bias, bias)
@@ -199,10 +206,15 @@ def load(source: str | Path, **options: Any) -> PreTrainedModel:
         options: of ``from_pretrained``.
     """
     config = AutoConfig.from_pretrained(source, trust_remote_code=options.get("trust_remote_code", False))
-    kind: Any = AutoModelForCausalLM
-    if hasattr(config, "pruned_shapes"):
-        kind = with_own_widths(getattr(transformers, config.architectures[0].removeprefix("Pruned")))
+    kind = class_with_own_widths(config) or AutoModelForCausalLM
     return cast(PreTrainedModel, kind.from_pretrained(source, **options))
+
+
+def class_with_own_widths(config: Any) -> Any:
+    """The class of a model whose blocks have widths of their own; None for any other."""
+    if not hasattr(config, "pruned_shapes"):
+        return None
+    return with_own_widths(getattr(transformers, config.architectures[0].removeprefix("Pruned")))
 
 
 def load_model(

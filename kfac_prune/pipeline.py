@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kfac_prune.config import Recipe, parse_pattern
-from kfac_prune.curvature.estimate import estimate_factors
+from kfac_prune.curvature.estimate import Factors, estimate_factors
 from kfac_prune.data import Windows, consecutive_windows, read_documents, sample_windows, token_stream
 from kfac_prune.errors import InputError
 from kfac_prune.export import save_model, verify_saved
@@ -22,9 +24,11 @@ from kfac_prune.obs import NM
 from kfac_prune.operators import Damping
 from kfac_prune.plan import Probe, make_plan, prune
 from kfac_prune.quality import Quality, evaluate
+from kfac_prune.reconstruction import BATCH, Reconstructed, Reconstruction, reconstruct
 from kfac_prune.refitting import Refitted, refit
 from kfac_prune.report import Stages, model_card, plan_record, result_record, shrunk_record, summary
 from kfac_prune.store import check_output, new_folder
+from kfac_prune.stream import BlockStack
 from kfac_prune.structure.latency import latency_target, speeds
 from kfac_prune.structure.prune import Settings, find_groups, parameters_target, prune_structured, weights_target
 
@@ -154,10 +158,15 @@ def _mask(job: Job) -> Outcome:
                 damping=damping,
                 **options,
             )
+    reconstructed: list[Reconstructed] = []
+    if recipe.reconstruct and plan.sparsity > 0:
+        with stages("reconstruct"):
+            masks = {layer.name: layer.mask for layer in plan.layers}
+            reconstructed = _reconstruct(job, model, factors, masks, dense.swapped_in)
     with stages("measure pruned"):
         pruned_quality = evaluate(model, job.held_out, dense=dense.swapped_in, label="pruned", **options)
     covered = sum(layer.mask.numel() for layer in plan.layers) / model.num_parameters()
-    return Outcome(model, dense_quality, pruned_quality, plan_record(plan, refitted, covered))
+    return Outcome(model, dense_quality, pruned_quality, plan_record(plan, refitted, reconstructed, covered))
 
 
 def _shrink(job: Job) -> Outcome:
@@ -202,13 +211,51 @@ def _shrink(job: Job) -> Outcome:
             echo=job.echo,
         )
         job.echo(best.table())
+    reconstructed: list[Reconstructed] = []
+    if recipe.reconstruct:
+        with stages("reconstruct"):
+            consumers = [group.consumer for group in groups]
+            factors = estimate_factors(
+                model, consumers, job.calibration, fisher=fisher, seed=recipe.seed, batch_size=recipe.batch_size
+            )
+            reconstructed = _reconstruct(job, best.model, factors)
     with stages("measure pruned"):
         pruned = evaluate(
             best.model, job.held_out, dense=model, batch_size=recipe.batch_size, quiet=job.quiet, label="pruned"
         )
     with stages("measure speed"):
         speed = speeds([model, best.model], recipe.seqlen)
-    return Outcome(best.model, dense, pruned, shrunk_record(recipe, model, job.layers, best, others, speed))
+    return Outcome(
+        best.model, dense, pruned, shrunk_record(recipe, model, job.layers, best, others, reconstructed, speed)
+    )
+
+
+def _reconstruct(
+    job: Job,
+    model: PreTrainedModel,
+    factors: Factors,
+    masks: Mapping[str, Tensor] | None = None,
+    dense: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> list[Reconstructed]:
+    """Reconstruct a pruned model in place: the dense one itself with masks, or another, smaller one."""
+    unit: Any = job.recipe.reconstruct_unit  # the recipe has checked it
+    with dense():
+        dense_stack = BlockStack(job.model, job.layers, job.calibration, BATCH)
+    stack = dense_stack
+    if model is not job.model:
+        stack = BlockStack(model, prunable_layers(model), job.calibration, BATCH)
+    return reconstruct(
+        dense_stack,
+        {layer.name: layer for layer in prunable_layers(job.model)},
+        stack,
+        {layer.name: layer for layer in prunable_layers(model)},
+        {name: Damping()(f.g, name="G", where=name)[0] for name, f in factors.layers.items()},
+        Reconstruction(job.recipe.reconstruct, unit, job.recipe.seed),
+        trained={layer.name for layer in job.layers},
+        masks=masks,
+        dense=dense,
+        quiet=job.quiet,
+    )
 
 
 def resolve_device(name: str) -> str:

@@ -170,7 +170,7 @@ def refit_moments(
         inside = [layer for name, layer in dense_layers.items() if name.startswith(f"{block}.")]
         with dense():
             writers = find_writers(dense_stack, index, dense_stream[0], inside)
-            order, goals, after = _dense_pass(dense_stack, index, inside, writers, dense_stream)
+            order, goals, after = dense_pass(dense_stack, index, inside, writers, dense_stream)
         if inside and not writers:
             logger.warning(
                 "refit: %s adds to the residual stream what no sum of its layers gives; left as it is", block
@@ -192,7 +192,7 @@ def refit_moments(
             pruned_stream = [stack.run(index, batch, stream).cpu() for batch, stream in enumerate(pruned_stream)]
 
 
-def _dense_pass(
+def dense_pass(
     stack: BlockStack, index: int, layers: Sequence[Layer], writers: Sequence[Writer], streams: Sequence[Tensor]
 ) -> tuple[list[str], list[list[Tensor]], list[Tensor]]:
     """One pass through a dense block.

@@ -21,6 +21,7 @@ from kfac_prune.data import Windows
 from kfac_prune.models import Layer
 from kfac_prune.plan import Plan
 from kfac_prune.quality import Quality
+from kfac_prune.reconstruction import Reconstructed
 from kfac_prune.refitting import Refitted
 from kfac_prune.structure.latency import Speed
 from kfac_prune.structure.prune import Shrunk
@@ -104,12 +105,15 @@ def result_record(
     }
 
 
-def plan_record(plan: Plan, refitted: Sequence[Refitted], covered: float) -> dict[str, Any]:
+def plan_record(
+    plan: Plan, refitted: Sequence[Refitted], reconstructed: Sequence[Reconstructed], covered: float
+) -> dict[str, Any]:
     """The part of the record that tells of masks.
 
     Args:
         plan: as applied.
         refitted: what the residual refit did, empty if it was off.
+        reconstructed: what the reconstruction did, empty if it was off.
         covered: fraction of the model's parameters that are in the plan's layers.
     """
     return {
@@ -129,6 +133,7 @@ def plan_record(plan: Plan, refitted: Sequence[Refitted], covered: float) -> dic
             for layer in plan.layers
         },
         "refit": {r.name: {"loss_before": r.before, "loss_after": r.after} for r in refitted},
+        "reconstruction": [asdict(r) for r in reconstructed],
     }
 
 
@@ -138,6 +143,7 @@ def shrunk_record(
     layers: Sequence[Layer],
     best: Shrunk,
     others: Sequence[Shrunk],
+    reconstructed: Sequence[Reconstructed],
     speed: Sequence[Speed],
 ) -> dict[str, Any]:
     """The part of the record that tells of a smaller model.
@@ -148,6 +154,7 @@ def shrunk_record(
         layers: its layers that could be cut.
         best: what was kept.
         others: the plans that were built and lost.
+        reconstructed: what the reconstruction did, empty if it was off.
         speed: of the dense and of the smaller model.
     """
     before = sum(layer.weight.numel() for layer in layers)
@@ -163,12 +170,13 @@ def shrunk_record(
         "other_plans": [{"widths": o.widths, "shots": o.shots, "kl_calibration": o.kl} for o in others],
         "speed": dict(zip(("dense", "pruned"), (asdict(s) for s in speed), strict=True)),
         "refit": recipe.refit,
+        "reconstruction": [asdict(r) for r in reconstructed],
     }
 
 
 def summary(record: dict[str, Any]) -> str:
     """The figures of a run as a small aligned table."""
-    before = ", before refit" if record["refit"] else ""
+    before = ", before repair" if record["refit"] or record["reconstruction"] else ""
     rows = [
         ("", "dense", "pruned"),
         ("loss (nats/token)", f"{record['dense']['loss']:.4f}", f"{record['pruned']['loss']:.4f}"),

@@ -119,14 +119,14 @@ def find_blocks(model: nn.Module, layers: Sequence[Layer]) -> tuple[list[str], l
 
 
 @contextmanager
-def observed(layers: Sequence[Layer]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+def observed(layers: Sequence[Layer], *, detach: bool = True) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """Within the block every forward pass leaves, per layer name, its last input and output; in order of execution."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def hook(name: str) -> Any:
         def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             seen.pop(name, None)
-            seen[name] = (args[0].detach(), output.detach())
+            seen[name] = (args[0].detach(), output.detach()) if detach else (args[0], output)
 
         return keep
 

@@ -483,6 +483,8 @@ def test_options_reach_the_recipe(here):
         "widths": None,
         "multiple": None,
         "shots": None,
+        "reconstruct": 0,
+        "reconstruct_unit": "block",
         "method": "layerwise",
         "allocation": "uniform",
         "refit": False,

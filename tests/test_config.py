@@ -15,9 +15,9 @@ from kfac_prune.errors import InputError
 
 PATHS = {"model": "m", "data": "d", "out": "o"}
 FIELDS = [f.name for f in dataclasses.fields(Recipe)]
-TEXTS = ("model", "data", "out", "text_field", "pattern", "method", "fisher", "device", "dtype")
+TEXTS = ("model", "data", "out", "text_field", "pattern", "method", "fisher", "device", "dtype", "reconstruct_unit")
 OPTIONAL_TEXTS = ("eval_data", "separator", "allocation", "structured", "widths")
-COUNTS = ("samples", "eval_samples", "seqlen", "batch_size", "seed")
+COUNTS = ("samples", "eval_samples", "seqlen", "batch_size", "seed", "reconstruct")
 LISTS = ("include", "ignore")
 SWITCHES = ("overwrite", "trust_remote_code")
 OPTIONAL_SWITCHES = ("refit",)

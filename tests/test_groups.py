@@ -4,12 +4,14 @@ import re
 
 import pytest
 import torch
-from families import COUPLED, FAMILIES, random_model
+from families import COUPLED, FAMILIES, llama_like, random_model, remove
+from transformers import BitNetConfig, CohereConfig, GptOssConfig, StableLmConfig
 
 from kfac_prune.errors import InputError
 from kfac_prune.inspect_model import describe
 from kfac_prune.models import prunable_layers
 from kfac_prune.structure.groups import FfnUnits, find_ffn, find_heads, saving
+from kfac_prune.structure.shrink import shrink
 
 ALL = pytest.mark.parametrize("name", FAMILIES)
 WITH_HEADS = pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.heads])
@@ -105,8 +107,32 @@ def test_heads_that_a_norm_couples_are_refused():
     model = random_model(COUPLED)
     layers = prunable_layers(model)
     assert len(find_ffn(model, layers)) == 2
-    with pytest.raises(InputError, match=r"heads of model\.layers\.0\.self_attn cannot be removed: q_norm .*24 wide"):
+    with pytest.raises(
+        InputError, match=r"heads of model\.layers\.0\.self_attn cannot be removed: its q_norm\.weight \[24\]"
+    ):
         find_heads(model, layers)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "tensor"),
+    [
+        (StableLmConfig, {"qk_layernorm": True}, "q_layernorm.norms.0.weight"),
+        (CohereConfig, {"use_qk_norm": True}, "q_norm.weight"),
+        (GptOssConfig, {"num_local_experts": 2, "num_experts_per_tok": 1}, "sinks"),
+    ],
+    ids=["stablelm", "cohere", "gpt_oss"],
+)
+def test_heads_with_tensors_of_their_own_are_refused(config, options, tensor):
+    """Each would have to be sliced as well; a list of norms per head would silently shift."""
+    model = random_model(llama_like(config, **options))
+    assert tensor in dict(model.model.layers[0].self_attn.named_parameters())
+    with pytest.raises(InputError, match=r"the heads of model\.layers\.0\.self_attn cannot be removed"):
+        find_heads(model, prunable_layers(model))
+
+
+def test_an_ffn_with_a_norm_over_its_units_is_left_out():
+    model = random_model(llama_like(BitNetConfig))
+    assert find_ffn(model, prunable_layers(model)) == []
 
 
 @pytest.mark.parametrize("left_out", ["gate_proj", "up_proj", "down_proj", "q_proj", "k_proj", "v_proj", "o_proj"])
@@ -159,7 +185,10 @@ def test_inspect_tells_which_heads_fit(tmp_path):
     [
         (FAMILIES["gpt2"], "no attention with a layout in which heads can be told apart"),
         (FAMILIES["gpt_neox"], "no attention with a layout in which heads can be told apart"),
-        (COUPLED, "model.layers.0.self_attn cannot be removed: q_norm normalises all of them together"),
+        (
+            COUPLED,
+            "model.layers.0.self_attn cannot be removed: its q_norm.weight [24] belongs to several heads of width 4",
+        ),
     ],
     ids=["gpt2", "gpt_neox", "olmo2"],
 )
@@ -171,13 +200,26 @@ def test_inspect_tells_why_heads_stay(family, reason, tmp_path):
     assert reason in last
 
 
+def test_inspect_of_one_head(tmp_path):
+    text = told(tmp_path, FAMILIES["llama"], num_attention_heads=1, num_key_value_heads=1)
+    assert re.search(r"^model\.layers\.0\.self_attn +1 x 1 heads +the last$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_inspect_of_a_model_with_widths_of_its_own(name, tmp_path):
+    model = random_model(FAMILIES[name])
+    shrink(model, remove(model, FAMILIES[name], (24, 16)).cuts).save_pretrained(tmp_path)
+    text = describe(str(tmp_path))
+    assert [size for _, size, _ in group_rows(text)][:2] == ["24 hidden", "16 hidden"]
+
+
 def test_inspect_without_any_ffn(tmp_path):
     text = told(tmp_path, FAMILIES["llama"], ignore=["*.down_proj"])
     assert [name for name, _, _ in group_rows(text)] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
     assert "FFN units cannot be removed: " in text
 
 
-@pytest.mark.parametrize(("groups", "heads"), [(1, 2), (1, 1)], ids=["one-group", "one-head"])
-def test_inspect_of_few_heads(groups, heads, tmp_path):
-    text = told(tmp_path, FAMILIES["llama"], num_key_value_heads=groups, num_attention_heads=heads)
-    assert f"{groups} x {heads} heads" in text
+def test_inspect_of_queries_that_share_all_keys(tmp_path):
+    """With one KV group, the unit is a query head."""
+    text = told(tmp_path, FAMILIES["llama"], num_key_value_heads=1)
+    assert group_rows(text)[2:] == [(f"model.layers.{i}.self_attn", "1 x 6 heads", str(2 * 4 * 24)) for i in (0, 1)]

@@ -24,6 +24,7 @@ LAYERS = (
     ("allocate",),
     ("plan",),
     ("refitting",),
+    ("reconstruction",),
     ("structure",),
     ("report", "demo", "inspect_model"),
     ("pipeline",),

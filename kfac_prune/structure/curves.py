@@ -71,15 +71,17 @@ def head_options(group: AttentionHeads, problem: ColumnProblem) -> list[Option]:
 def _fewer_queries(group: AttentionHeads, problem: ColumnProblem, heads: Tensor) -> Iterator[Tensor]:
     """The best selections with ever fewer query heads per KV group, from the given [groups, per group] down to one."""
     units = [group.columns(head.view(1, 1)) for head in group.everything().reshape(-1)]
-    kept, rest = heads, problem
+    kept, rest, gone = heads, problem, tuple[int, ...]()
     yield kept
     for removed in range(1, heads.shape[1]):
         if math.comb(heads.shape[1], removed) ** len(heads) <= EXHAUSTIVE:
             picks = product(*(combinations(row, removed) for row in heads.tolist()))
             gone = cheapest(problem, units, ([head for row in choice for head in row] for choice in picks))
+            rest = problem.without(torch.cat([units[i] for i in gone]))
         else:
-            rest, gone = cheapest_each(rest, units, kept.tolist())
-        kept = kept[~torch.isin(kept, torch.tensor(gone))].view(len(heads), -1)
+            rest, more = cheapest_each(rest, units, kept.tolist())
+            gone = (*gone, *more)
+        kept = heads[~torch.isin(heads, torch.tensor(gone))].view(len(heads), -1)
         yield kept
 
 

@@ -122,12 +122,17 @@ def saving(group: Group, kept: Tensor) -> int:
 
 
 def find_ffn(model: PreTrainedModel, layers: Sequence[Layer]) -> list[FfnUnits]:
-    """The FFNs whose layers are all among ``layers``, in the order of the model."""
+    """The FFNs whose layers are all among ``layers``, in the order of the model.
+
+    One with a further vector as long as it has units (a norm between its layers) couples them and is left out.
+    """
     found = []
     for name, producers, consumer in _matches(model, layers, FFN_LAYOUTS):
         rows = {layer.shape[0] for layer in producers}
         stacked = 2 if len(producers) == 1 else 1
-        if rows in ({consumer.shape[1]}, {stacked * consumer.shape[1]}):
+        fits = rows in ({consumer.shape[1]}, {stacked * consumer.shape[1]})
+        coupled = any(p.shape == consumer.shape[1:] for _, p in _others(model, name, (*producers, consumer)))
+        if fits and (not coupled or consumer.shape[0] == consumer.shape[1]):
             found.append(FfnUnits(name, producers, consumer))
     return found
 
@@ -148,15 +153,21 @@ def find_heads(model: PreTrainedModel, layers: Sequence[Layer]) -> list[Attentio
         one = AttentionHeads(name, producers, consumer, groups, heads // groups, width)
         if [len(r) for _, r in one.rows(one.everything())] != [layer.shape[0] for layer in producers]:
             continue
-        for child, module in model.get_submodule(name).named_children():
-            norm = getattr(module, "weight", None)
-            if isinstance(norm, Tensor) and norm.ndim == 1 and norm.numel() > width:
+        for other, parameter in _others(model, name, (*producers, consumer)):
+            a_list = any(part.isdigit() for part in other.split("."))  # of norms, one for every head
+            if parameter.ndim > 1 or parameter.numel() > width or a_list:
                 raise InputError(
-                    f"the heads of {name} cannot be removed: {child} normalises all of them together "
-                    f"({norm.numel()} wide, a head is {width}), so the others would change"
+                    f"the heads of {name} cannot be removed: its {other} {list(parameter.shape)} belongs to several "
+                    f"heads of width {width} together, so the others would change"
                 )
         found.append(one)
     return found
+
+
+def _others(model: PreTrainedModel, module: str, layers: Sequence[Layer]) -> list[tuple[str, Tensor]]:
+    """The parameters of a module that are not those of the layers."""
+    known = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    return [(n, p) for n, p in model.get_submodule(module).named_parameters() if id(p) not in known]
 
 
 def _matches(

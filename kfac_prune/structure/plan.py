@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -61,16 +62,23 @@ class Problem:
 
     def measured(self, group: Group, option: Option, windows: Windows, batch_size: int) -> float:
         """KL(model‖model with this group alone cut), nats per token."""
-        whole, cut = WeightSwap([group.consumer]), self.cut(group, option)
-        weight = group.consumer.weight.new_zeros(group.consumer.shape)
-        weight[:, group.columns(option.kept).to(weight.device)] = cut.weight.to(weight.dtype)
-        group.consumer.assign(weight, cut.bias)
-        try:
+        with self.masked([self.cut(group, option)]) as whole:
             kl = evaluate(self.model, windows, dense=whole.swapped_in, batch_size=batch_size).kl
-        finally:
-            whole.restore()
         assert kl is not None
         return kl
+
+    @contextmanager
+    def masked(self, cuts: Sequence[Cut]) -> Iterator[WeightSwap]:
+        """Within the block the model has the cuts' weights, with zeros for what goes; yields what it had before."""
+        whole = WeightSwap([cut.group.consumer for cut in cuts])
+        try:
+            for cut in cuts:
+                weight = cut.group.consumer.weight.new_zeros(cut.group.consumer.shape)
+                weight[:, cut.group.columns(cut.kept).to(weight.device)] = cut.weight.to(weight.dtype)
+                cut.group.consumer.assign(weight, cut.bias)
+            yield whole
+        finally:
+            whole.restore()
 
     def curves(
         self, windows: Windows | None, *, multiple: int, batch_size: int = 4, quiet: bool = True

@@ -21,7 +21,7 @@ from kfac_prune.structure.curves import Option
 from kfac_prune.structure.groups import AttentionHeads, FfnUnits, Group, find_ffn, find_heads
 from kfac_prune.structure.plan import Problem, Saving, one_size, own_sizes
 from kfac_prune.structure.repair import repair
-from kfac_prune.structure.shrink import shrink
+from kfac_prune.structure.shrink import Cut, shrink
 
 logger = logging.getLogger("kfac_prune")
 
@@ -214,11 +214,12 @@ def prune_structured(
             done = job.run(one, first, curves, settings.shots or 1)
             if done is not None:
                 finished.append(done)
-            elif widths == one:
-                raise InputError(
-                    "no uniform plan reaches the target: a plain configuration holds one width for all blocks and few "
-                    "numbers of heads; use --widths per-layer, or include all blocks and both ffn and heads"
-                )
+    if not finished:
+        raise InputError(
+            f"no {widths or 'uniform'} plan reaches the target of {target.amount:,.6g} {target.unit}: a plain "
+            "configuration holds one width for all blocks, and not every number of heads; use --widths per-layer, or "
+            "include all blocks and both ffn and heads"
+        )
     best = min(finished, key=lambda done: done.kl)  # the first, plain one among equals
     if settings.shots is None and best.predicted > LARGE_LOSS:
         again = job.run(best.widths, first, curves, SHOTS)
@@ -284,7 +285,7 @@ class _Job:
         if widths == "uniform" and not _covers(problem):
             return None
         before = {group.name: tuple(group.everything().shape) for group in problem.groups}
-        rows = {layer.name: torch.arange(layer.shape[0]) for layer in prunable_layers(self.dense)}
+        rows = {name: torch.arange(Layer(name, self.dense.get_submodule(name)).shape[0]) for name in self.names}
         sizes, predicted, model = before, 0.0, self.dense
         for shot in range(1, shots + 1):
             if shot > 1:
@@ -300,12 +301,35 @@ class _Job:
                     rows[layer.name] = rows[layer.name][kept]
             sizes = {name: tuple(option.kept.shape) for name, option in plan.items()}
             model = shrink(problem.model, cuts, plain=widths == "uniform")
+            _check_same(problem, cuts, model, self.held_out)
             if s.refit:
                 repair(self.dense, model, rows, self.fit, batch_size=s.batch_size, quiet=s.quiet)
         kl = evaluate(model, self.held_out, dense=self.dense, batch_size=s.batch_size, quiet=s.quiet).kl
         assert kl is not None
         self.echo(f"  {widths} widths in {shots} shot{'s' * (shots > 1)}: KL {kl:.4f} on held-out calibration windows")
         return Shrunk(model, widths, {name: (before[name], sizes[name]) for name in sizes}, predicted, kl, shots)
+
+
+def _check_same(problem: Problem, cuts: Sequence[Cut], smaller: PreTrainedModel, windows: Windows) -> None:
+    """The smaller model computes what the model with zeros does; nothing else in the architecture knew of the units."""
+    batch = next(windows.batches(1))
+    ids = batch.input_ids.to(smaller.device)
+    with torch.inference_mode():
+        with problem.masked(cuts):
+            wanted = problem.model(input_ids=ids, use_cache=False).logits.float()
+        try:
+            got = smaller(input_ids=ids, use_cache=False).logits.float()
+        except RuntimeError as error:  # shapes that do not fit together
+            raise InputError(f"{_DIFFERS}: {str(error).splitlines()[0]}") from error
+    difference = float((got - wanted).abs().max() / wanted.abs().max())
+    if not difference < (1e-4 if smaller.dtype == torch.float32 else 5e-2):
+        raise InputError(f"{_DIFFERS} by {difference:.2g} of the largest logit")
+
+
+_DIFFERS = (
+    "this architecture ties units together in a way that is not known here: after the cut the smaller model and the "
+    "one with zeros differ"
+)
 
 
 def _covers(problem: Problem) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
@@ -79,7 +79,8 @@ def shrink(model: PreTrainedModel, cuts: Sequence[Cut], *, plain: bool = False) 
     widths = {cut.kept.numel() for cut in cuts if isinstance(cut.group, FfnUnits)}
     counts = {(len(cut.kept), cut.kept.shape[1]) for cut in cuts if isinstance(cut.group, AttentionHeads)}
     if len(widths) <= 1 and len(counts) <= 1:
-        for empty in _plain_models(model, min(widths, default=None), min(counts, default=None)):
+        head_dim = next((cut.group.head_dim for cut in cuts if isinstance(cut.group, AttentionHeads)), None)
+        for empty in _plain_models(model, min(widths, default=None), min(counts, default=None), head_dim):
             if _shapes(empty) == {name: tensor.shape for name, tensor in state.items()}:
                 return _filled(empty, state, model)
     if plain:
@@ -96,7 +97,9 @@ def shrink(model: PreTrainedModel, cuts: Sequence[Cut], *, plain: bool = False) 
 def base_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     """The class of transformers that a model is of, or is a version with widths of its own of."""
     kind = type(model)
-    return cast(type[PreTrainedModel], kind.__mro__[1]) if hasattr(model.config, "pruned_shapes") else kind
+    if not hasattr(model.config, "pruned_shapes"):
+        return kind
+    return next(c for c in kind.__mro__ if c.__module__.startswith("transformers.models."))
 
 
 def accepted_heads(model: PreTrainedModel, attention: AttentionHeads) -> set[tuple[int, int]]:
@@ -113,7 +116,7 @@ def accepted_heads(model: PreTrainedModel, attention: AttentionHeads) -> set[tup
 
 
 def _plain_models(
-    model: PreTrainedModel, width: int | None, counts: tuple[int, int] | None, head_dim: int | None = None
+    model: PreTrainedModel, width: int | None, counts: tuple[int, int] | None, head_dim: int | None
 ) -> Iterator[PreTrainedModel]:
     """Empty models (on the meta device) of plain configurations with these sizes, as far as any accepts them."""
     fields: dict[str, Any] = {k: v for k, v in model.config.to_dict().items() if k not in _OWN}
@@ -122,7 +125,7 @@ def _plain_models(
     if counts is not None:
         groups, per_group = counts
         fields |= {"num_attention_heads": groups * per_group, "num_key_value_heads": groups}
-        fields["head_dim"] = head_dim or _head_dim(model)
+        fields["head_dim"] = head_dim
     base = base_class(model)
     kinds: list[tuple[Any, Any, dict[str, Any]]] = [(base, base.config_class, fields)]
     if fields["model_type"] == "llama" and not fields.get("attention_bias") and not fields.get("mlp_bias"):
@@ -177,10 +180,6 @@ def _rows(module: nn.Module) -> int:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.shape[1 if isinstance(module, Conv1D) else 0]
-
-
-def _head_dim(model: PreTrainedModel) -> int:
-    return int(getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads)
 
 
 def _auto_class(base: type[PreTrainedModel]) -> str:
