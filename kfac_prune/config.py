@@ -121,10 +121,11 @@ class Recipe:
         "after pruning, refit the layers that write into the residual stream to what the dense model has there, masks "
         "chosen anew; default: on for kfac and layerwise, off for obd and magnitude",
     )
-    reconstruct: int = _option(
-        0,
+    reconstruct: int | None = _option(
+        None,
         "epochs over the calibration windows in which the weights left in each block learn to bring its output back to "
-        "the dense model's, one block at a time; 0 = off; 4 to 12 lower the loss by a further third to a half",
+        "the dense model's, one block at a time; 0 = off; default: 8 with --structured (kfac and layerwise, 16 windows or more), "
+        "else 0",
     )
     reconstruct_unit: str = _option(
         "block",
@@ -161,16 +162,11 @@ class Recipe:
         for name in ("model", "data", "out"):
             if not getattr(self, name).strip():
                 raise InputError(f"{name} is empty; say which {'folder' if name == 'out' else name} to use")
-        for name, least in (
-            ("samples", 1),
-            ("eval_samples", 1),
-            ("seqlen", 2),
-            ("batch_size", 1),
-            ("seed", 0),
-            ("reconstruct", 0),
-        ):
+        for name, least in (("samples", 1), ("eval_samples", 1), ("seqlen", 2), ("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.reconstruct is not None and self.reconstruct < 0:
+            raise InputError(f"reconstruct is {self.reconstruct}; it must be at least 0")
         if self.seed >= 2**63:
             raise InputError(f"seed is {self.seed}; it must be at least 0 and below 2^63")
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
@@ -224,18 +220,21 @@ class Recipe:
         return tuple(part.strip() for part in (self.structured or "").split(",") if part.strip())
 
     def resolved(self) -> Recipe:
-        """The same recipe with sparsity, allocation, refit and damping filled in."""
+        """The same recipe with sparsity, allocation, refit, reconstruct and damping filled in."""
         groups = parse_pattern(self.pattern)
         sparsity: float | None = 0.5 if self.sparsity is None else self.sparsity
         allocation: str | None = self.allocation or ALLOCATIONS[self.method][0]
         if groups:
             sparsity, allocation = 1 - groups[0] / groups[1], "uniform"
         refit = self.method in ("kfac", "layerwise") if self.refit is None else self.refit
+        fits = self.structured and refit and self.samples >= 16  # two batches, one of them held out
+        reconstruct = (8 if fits else 0) if self.reconstruct is None else self.reconstruct
         damping = (STRUCTURED_DAMPING if self.structured else DAMPING) if self.damping is None else self.damping
         if self.structured:
             open_target = self.target_params is None and self.target_latency is None
             sparsity, allocation = (sparsity if open_target else None), None
-        return dataclasses.replace(self, sparsity=sparsity, allocation=allocation, refit=refit, damping=damping)
+        filled: dict[str, Any] = {"refit": refit, "reconstruct": reconstruct, "damping": damping}
+        return dataclasses.replace(self, sparsity=sparsity, allocation=allocation, **filled)
 
     def to_yaml(self) -> str:
         """The recipe as YAML, one field per line."""

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kfac_prune.config import Recipe, parse_pattern
-from kfac_prune.curvature.estimate import Factors, estimate_factors
+from kfac_prune.curvature.estimate import estimate_factors
 from kfac_prune.data import Windows, consecutive_windows, read_documents, sample_windows, token_stream
 from kfac_prune.errors import InputError
 from kfac_prune.export import save_model, verify_saved
@@ -24,13 +22,14 @@ from kfac_prune.obs import NM
 from kfac_prune.operators import Damping
 from kfac_prune.plan import Probe, make_plan, prune
 from kfac_prune.quality import Quality, evaluate
-from kfac_prune.reconstruction import BATCH, Reconstructed, Reconstruction, reconstruct
+from kfac_prune.reconstruction import BATCH, Reconstructed, Reconstruction, metrics, reconstruct
 from kfac_prune.refitting import Refitted, refit
 from kfac_prune.report import Stages, model_card, plan_record, result_record, shrunk_record, summary
 from kfac_prune.store import check_output, new_folder
 from kfac_prune.stream import BlockStack
 from kfac_prune.structure.latency import latency_target, speeds
 from kfac_prune.structure.prune import Settings, find_groups, parameters_target, prune_structured, weights_target
+from kfac_prune.structure.repair import reconstruct_smaller
 
 logger = logging.getLogger("kfac_prune")
 
@@ -161,8 +160,22 @@ def _mask(job: Job) -> Outcome:
     reconstructed: list[Reconstructed] = []
     if recipe.reconstruct and plan.sparsity > 0:
         with stages("reconstruct"):
+            with dense.swapped_in():
+                stack = BlockStack(model, layers, job.calibration, BATCH)
+            linear = {layer.name: layer for layer in prunable_layers(model)}
             masks = {layer.name: layer.mask for layer in plan.layers}
-            reconstructed = _reconstruct(job, model, factors, masks, dense.swapped_in)
+            reconstructed = reconstruct(
+                stack,
+                linear,
+                stack,
+                linear,
+                metrics(factors),
+                _reconstruction(recipe),
+                trained=masks,
+                masks=masks,
+                dense=dense.swapped_in,
+                quiet=job.quiet,
+            )
     with stages("measure pruned"):
         pruned_quality = evaluate(model, job.held_out, dense=dense.swapped_in, label="pruned", **options)
     covered = sum(layer.mask.numel() for layer in plan.layers) / model.num_parameters()
@@ -218,7 +231,9 @@ def _shrink(job: Job) -> Outcome:
             factors = estimate_factors(
                 model, consumers, job.calibration, fisher=fisher, seed=recipe.seed, batch_size=recipe.batch_size
             )
-            reconstructed = _reconstruct(job, best.model, factors)
+            reconstructed = reconstruct_smaller(
+                model, best.model, job.layers, factors, job.calibration, _reconstruction(recipe), quiet=job.quiet
+            )
     with stages("measure pruned"):
         pruned = evaluate(
             best.model, job.held_out, dense=model, batch_size=recipe.batch_size, quiet=job.quiet, label="pruned"
@@ -230,32 +245,10 @@ def _shrink(job: Job) -> Outcome:
     )
 
 
-def _reconstruct(
-    job: Job,
-    model: PreTrainedModel,
-    factors: Factors,
-    masks: Mapping[str, Tensor] | None = None,
-    dense: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> list[Reconstructed]:
-    """Reconstruct a pruned model in place: the dense one itself with masks, or another, smaller one."""
-    unit: Any = job.recipe.reconstruct_unit  # the recipe has checked it
-    with dense():
-        dense_stack = BlockStack(job.model, job.layers, job.calibration, BATCH)
-    stack = dense_stack
-    if model is not job.model:
-        stack = BlockStack(model, prunable_layers(model), job.calibration, BATCH)
-    return reconstruct(
-        dense_stack,
-        {layer.name: layer for layer in prunable_layers(job.model)},
-        stack,
-        {layer.name: layer for layer in prunable_layers(model)},
-        {name: Damping()(f.g, name="G", where=name)[0] for name, f in factors.layers.items()},
-        Reconstruction(job.recipe.reconstruct, unit, job.recipe.seed),
-        trained={layer.name for layer in job.layers},
-        masks=masks,
-        dense=dense,
-        quiet=job.quiet,
-    )
+def _reconstruction(recipe: Recipe) -> Reconstruction:
+    unit: Any = recipe.reconstruct_unit  # the recipe has checked it
+    assert recipe.reconstruct is not None
+    return Reconstruction(recipe.reconstruct, unit, recipe.seed)
 
 
 def resolve_device(name: str) -> str:

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from kfac_prune.curvature.estimate import Factors
 from kfac_prune.errors import InputError
 from kfac_prune.models import Layer
+from kfac_prune.operators import Damping
 from kfac_prune.refitting import dense_pass
 from kfac_prune.stream import BlockStack, Writer, find_writers, observed
 
@@ -132,6 +134,12 @@ def reconstruct(
                 stream = [stack.run(index, batch, x).cpu() for batch, x in enumerate(stream)]
             bar.update(1)
     return records
+
+
+def metrics(factors: Factors) -> dict[str, Tensor]:
+    """G [out, out] of every layer, damped as usual."""
+    damping = Damping()
+    return {name: damping(layer.g, name="G", where=name)[0] for name, layer in factors.layers.items()}
 
 
 @dataclass(frozen=True)

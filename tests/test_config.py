@@ -17,11 +17,11 @@ PATHS = {"model": "m", "data": "d", "out": "o"}
 FIELDS = [f.name for f in dataclasses.fields(Recipe)]
 TEXTS = ("model", "data", "out", "text_field", "pattern", "method", "fisher", "device", "dtype", "reconstruct_unit")
 OPTIONAL_TEXTS = ("eval_data", "separator", "allocation", "structured", "widths")
-COUNTS = ("samples", "eval_samples", "seqlen", "batch_size", "seed", "reconstruct")
+COUNTS = ("samples", "eval_samples", "seqlen", "batch_size", "seed")
 LISTS = ("include", "ignore")
 SWITCHES = ("overwrite", "trust_remote_code")
 OPTIONAL_SWITCHES = ("refit",)
-OPTIONAL_COUNTS = ("target_params", "multiple", "shots")
+OPTIONAL_COUNTS = ("target_params", "multiple", "shots", "reconstruct")
 OPTIONAL_NUMBERS = ("sparsity", "damping", "target_latency")
 GROUPS = (TEXTS, OPTIONAL_TEXTS, COUNTS, LISTS, SWITCHES, OPTIONAL_SWITCHES, OPTIONAL_COUNTS, OPTIONAL_NUMBERS)
 
@@ -318,9 +318,20 @@ def test_only_one_target(names):
         recipe(structured="ffn", **{name: TARGETS[name] for name in names})
 
 
+def test_reconstruct_is_on_for_smaller_models_only():
+    assert recipe().resolved().reconstruct == 0
+    assert recipe(structured="ffn").resolved().reconstruct == 8
+    assert recipe(structured="ffn", samples=15).resolved().reconstruct == 0
+    assert recipe(structured="ffn", method="magnitude").resolved().reconstruct == 0
+    assert recipe(structured="ffn", reconstruct=0).resolved().reconstruct == 0
+    assert recipe(reconstruct=3).resolved().reconstruct == 3
+    with pytest.raises(InputError, match=r"^reconstruct is -1; it must be at least 0$"):
+        recipe(reconstruct=-1)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
-    [(name, value) for name in OPTIONAL_COUNTS for value in (0, -1, -(10**30))]
+    [(name, value) for name in OPTIONAL_COUNTS if name != "reconstruct" for value in (0, -1, -(10**30))]
     + [("target_latency", value) for value in (0, 0.0, -2.5, math.nan, math.inf, -math.inf)],
 )
 def test_structured_value_out_of_range(name, value):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kfac_prune.curvature.estimate import Factors
 from kfac_prune.data import Windows
 from kfac_prune.linalg import shifted
 from kfac_prune.models import Layer, prunable_layers
+from kfac_prune.reconstruction import BATCH, Reconstructed, Reconstruction, metrics, reconstruct
 from kfac_prune.refitting import RIDGE, Moments, refit_moments
 from kfac_prune.stream import BlockStack
 
@@ -44,6 +46,40 @@ def repair(
     by_name = [{layer.name: layer for layer in layers} for layers in (before, after)]
     for layer, moments in refit_moments(stacks[0], by_name[0], stacks[1], by_name[1], rows, quiet=quiet):
         layer.assign(*_solved(layer, moments))
+
+
+def reconstruct_smaller(
+    dense: PreTrainedModel,
+    model: PreTrainedModel,
+    layers: Sequence[Layer],
+    factors: Factors,
+    windows: Windows,
+    settings: Reconstruction,
+    *,
+    quiet: bool = True,
+) -> list[Reconstructed]:
+    """Reconstruct a smaller model in place (see ``kfac_prune.reconstruction``).
+
+    Args:
+        dense: the model before.
+        model: the smaller one.
+        layers: of the dense model, whose smaller forms may change.
+        factors: of the dense model, with G of every layer that writes into the residual stream.
+        windows: calibration tokens [N, T].
+        settings: epochs, unit, seed.
+        quiet: show no progress bar.
+    """
+    before, after = prunable_layers(dense), prunable_layers(model)
+    return reconstruct(
+        BlockStack(dense, before, windows, BATCH),
+        {layer.name: layer for layer in before},
+        BlockStack(model, after, windows, BATCH),
+        {layer.name: layer for layer in after},
+        metrics(factors),
+        settings,
+        trained={layer.name for layer in layers},
+        quiet=quiet,
+    )
 
 
 def _solved(layer: Layer, moments: Moments) -> tuple[Tensor, Tensor | None]:
