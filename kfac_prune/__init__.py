@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from kfac_prune.plan import Plan, Probe, make_plan, prune
     from kfac_prune.quality import Quality, evaluate
     from kfac_prune.refitting import refit
+    from kfac_prune.structure.prune import prune_structured, weights_target
 
 _HOME = {
     "Damping": "operators",
@@ -49,9 +50,11 @@ _HOME = {
     "make_plan": "plan",
     "prunable_layers": "models",
     "prune": "plan",
+    "prune_structured": "structure.prune",
     "refit": "refitting",
     "run": "pipeline",
     "save_model": "export",
+    "weights_target": "structure.prune",
 }
 
 __all__ = [
@@ -73,9 +76,11 @@ __all__ = [
     "make_plan",
     "prunable_layers",
     "prune",
+    "prune_structured",
     "refit",
     "run",
     "save_model",
+    "weights_target",
 ]
 
 

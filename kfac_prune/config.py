@@ -124,8 +124,8 @@ class Recipe:
     reconstruct: int | None = _option(
         None,
         "epochs over the calibration windows in which the weights left in each block learn to bring its output back to "
-        "the dense model's, one block at a time; 0 = off; default: 8 with --structured (kfac and layerwise, 16 windows or more), "
-        "else 0",
+        "the dense model's, one block at a time; 0 = off; default: 8 with --structured (kfac and layerwise, 16 windows "
+        "or more), else 0",
     )
     reconstruct_unit: str = _option(
         "block",

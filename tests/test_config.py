@@ -246,7 +246,7 @@ def test_pattern_allows_only_uniform_allocation(allocation):
 def test_resolved_fills_in_what_was_left_open_only(fields, sparsity, allocation):
     made = recipe(**fields)
     refit = made.method in ("kfac", "layerwise")  # the methods that compensate
-    filled = {"sparsity": sparsity, "allocation": allocation, "refit": refit, "damping": 0.03}
+    filled = {"sparsity": sparsity, "allocation": allocation, "refit": refit, "reconstruct": 0, "damping": 0.03}
     assert made.resolved() == dataclasses.replace(made, **filled)
     assert made.resolved().resolved() == made.resolved()
 
@@ -355,7 +355,9 @@ def test_structured_value_out_of_range(name, value):
 def test_resolved_leaves_structured_targets_alone(fields, sparsity):
     made = recipe(structured="ffn,heads", **fields)
     filled = {"sparsity": sparsity, "allocation": None, "damping": 0.001}
-    assert made.resolved() == dataclasses.replace(made, refit=made.method in ("kfac", "layerwise"), **filled)
+    repaired = made.method in ("kfac", "layerwise")
+    filled |= {"refit": repaired, "reconstruct": 8 if repaired else 0}
+    assert made.resolved() == dataclasses.replace(made, **filled)
     assert made.resolved().resolved() == made.resolved()
 
 

@@ -35,6 +35,7 @@ from kfac_prune import pipeline
 from kfac_prune.config import METHODS, Recipe, read_recipe
 from kfac_prune.errors import InputError
 from kfac_prune.models import prunable_layers
+from kfac_prune.obs import NM
 from kfac_prune.pipeline import load_data, run
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .\n"
@@ -496,7 +497,7 @@ def test_structured_model_card_tells_how_to_load(shrunk):
 
 
 def test_structured_stages_are_told_in_order(shrunk):
-    stages = ["load", "measure dense", "shrink", "measure pruned", "measure speed", "save"]
+    stages = ["load", "measure dense", "shrink", "reconstruct", "measure pruned", "measure speed", "save"]
     assert [line[2:] for line in shrunk.lines if line.startswith("- ")] == list(shrunk.record["stages"]) == stages
     assert shrunk.lines[-1] == f"saved to {shrunk.out}"
     table = next(line for line in shrunk.lines if line.startswith("group"))
@@ -512,9 +513,24 @@ def test_structured_run_repeats_to_the_byte(model, recipe, tmp_path):
     assert bytes_of(made.out) == bytes_of(tmp_path / "again")
     for record in (one, two):
         del record["stages"], record["speed"]
+        assert all(part.pop("seconds") > 0 for part in record["reconstruction"])
     assert one == two
     assert {one["widths"], one["other_plans"][0]["widths"]} == {"uniform", "per-layer"}
     assert one["kl_calibration"] <= one["other_plans"][0]["kl_calibration"]
+
+
+@pytest.mark.parametrize("unit", ["block", "sublayer"])
+def test_reconstruction_of_a_sparse_model(unit, recipe):
+    plain = run(recipe("llama", pattern="2:4"))
+    made = recipe("llama", pattern="2:4", reconstruct=2, reconstruct_unit=unit, overwrite=True)
+    record = run(made)
+    assert plain["reconstruction"] == []
+    parts = record["reconstruction"]
+    assert len(parts) == (2 if unit == "block" else 4)
+    assert all(part["after"] <= part["before"] for part in parts)
+    assert list(record["stages"])[-3:] == ["reconstruct", "measure pruned", "save"]
+    model = load(made.out)
+    assert all(NM(2, 4).is_valid(layer.weight != 0) for layer in prunable_layers(model))
 
 
 def test_parameters_that_were_asked_for(recipe):
