@@ -18,7 +18,7 @@ from kfac_prune.models import Layer, prunable_layers
 from kfac_prune.operators import Damping
 from kfac_prune.quality import evaluate
 from kfac_prune.structure.curves import Option
-from kfac_prune.structure.groups import AttentionHeads, FfnUnits, Group, find_ffn, find_heads
+from kfac_prune.structure.groups import AttentionHeads, FfnUnits, Group, find_ffn, find_heads, saving
 from kfac_prune.structure.plan import Problem, Saving, one_size, own_sizes
 from kfac_prune.structure.repair import repair
 from kfac_prune.structure.shrink import Cut, shrink
@@ -201,13 +201,13 @@ def prune_structured(
     fit, held_out = calibration, calibration
     if len(calibration) > 2 * HELD_OUT:
         fit, held_out = calibration.split(HELD_OUT)
-    if settings.multiple is None:
-        width = max((g.units for g in groups if isinstance(g, FfnUnits)), default=0)
-        settings = replace(settings, multiple=64 if width >= 2048 else 8)
+    width = max((g.units for g in groups if isinstance(g, FfnUnits)), default=0)
+    multiple = settings.multiple or (64 if width >= 2048 else 8)
+    settings = replace(settings, multiple=multiple)
+    _check_reach(groups, target, multiple)
     job = _Job(model, [layer.name for layer in layers], kinds, fit, held_out, target, settings, echo)
     first = job.problem(model)
     curves = job.curves(first)
-    _check_reach(groups, curves, target)
     finished = []
     for one in ("uniform", "per-layer"):
         if widths in (None, one):
@@ -344,8 +344,13 @@ def _covers(problem: Problem) -> bool:
     return kinds == found
 
 
-def _check_reach(groups: Sequence[Group], curves: Mapping[str, Sequence[Option]], target: Target) -> None:
-    most = sum(max(target.saving(group, option) for option in curves[group.name]) for group in groups)
+def _check_reach(groups: Sequence[Group], target: Target, multiple: int) -> None:
+    """Every group cut to its least size saves what is asked for; before any long work."""
+    most = 0.0
+    for group in groups:
+        everything = group.everything()
+        least = everything[:multiple] if isinstance(group, FfnUnits) else everything[:1, :1]
+        most += target.saving(group, Option(least, saving(group, least), 0.0))
     if most < target.amount * (1 - 1e-9):
         raise InputError(
             f"the target asks to save {target.amount:,.6g} {target.unit}; {groups[0].name} and the {len(groups) - 1} "
