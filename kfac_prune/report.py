@@ -162,7 +162,7 @@ def shrunk_record(
     return {
         "sparsity": 1 - after / before,
         "parameters": {"dense": dense.num_parameters(), "pruned": best.model.num_parameters()},
-        "widths": best.widths,
+        "widths": "per-layer" if hasattr(best.model.config, "pruned_shapes") else "uniform",
         "shots": best.shots,
         "kl_predicted": best.predicted,
         "kl_calibration": best.kl,

@@ -4,6 +4,7 @@ The protocol is that of scripts/benchmark_quality.py. Every cell is one JSON lin
 tables in README.md are written from those lines. Prefill and decode are timed dense and pruned in turns.
 
     python scripts/benchmark_structured.py --models babyllama-tok361 --out benchmarks/structured.jsonl
+    python scripts/benchmark_structured.py --speed      # prefill and decode of a larger model with random weights
     python scripts/benchmark_structured.py --table      # only rewrite README's tables
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from benchmark_quality import MODELS, ROOT, commit, replace_between, windows
+from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
 from kfac_prune.curvature.estimate import estimate_factors
@@ -23,10 +25,11 @@ from kfac_prune.models import context_length, load_model, prunable_layers
 from kfac_prune.quality import evaluate
 from kfac_prune.reconstruction import Reconstruction
 from kfac_prune.report import peak_memory_bytes, versions
-from kfac_prune.structure.groups import find_heads
+from kfac_prune.structure.groups import FfnUnits, find_heads
 from kfac_prune.structure.latency import speeds
 from kfac_prune.structure.prune import Settings, Shrunk, find_groups, prune_structured, weights_target
 from kfac_prune.structure.repair import reconstruct_smaller
+from kfac_prune.structure.shrink import Cut, shrink
 
 LEVELS = (10, 20, 30, 40, 50)
 #: Row of the table -> settings. All of them measure their cost curves and keep the better kind of plan.
@@ -45,6 +48,7 @@ LABELS = {
 }
 #: Of the reconstruction, as the command line's default.
 EPOCHS = 8
+SPEED_MODEL = "random Llama, 8 blocks of width 1024"
 BEGIN, END = "<!-- structured table: begin -->", "<!-- structured table: end -->"
 
 
@@ -58,9 +62,14 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "structured.jsonl",
                         help="JSON lines; cells that are run again are replaced; default: %(default)s")  # fmt: skip
+    parser.add_argument("--speed", action="store_true", help="only time a larger model, see speed_rows")
     parser.add_argument("--table", action="store_true", help="run nothing, only write the tables into README.md")
     arguments = parser.parse_args()
     rows = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
+    if arguments.speed:
+        arguments.table = True
+        rows = [row for row in rows if row["model"] != SPEED_MODEL] + list(speed_rows())
+        arguments.out.write_text("".join(json.dumps(r) + "\n" for r in rows))
     if not arguments.table:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
@@ -135,6 +144,50 @@ def run_model(name: str, arguments: argparse.Namespace) -> Any:
             if method == "kfac+refit":
                 reconstruct_smaller(model, best.model, layers, factors, calibration, Reconstruction(EPOCHS))
                 yield row("kfac+reconstruction", percent, best, others, time.perf_counter() - start)
+
+
+def speed_rows() -> Any:
+    """Time a Llama of 100 million parameters with random weights, its blocks cut to what is left in every level.
+
+    Speed does not depend on which units go, so the first ones stay and nothing is compensated.
+    """
+    config = LlamaConfig(
+        vocab_size=8192,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        max_position_embeddings=512,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    layers = prunable_layers(model)
+    total = sum(layer.weight.numel() for layer in layers)
+    for percent, width, groups in ((25, 2112, 6), (50, 1408, 4)):
+        cuts = []
+        for group in find_groups(model, layers, ("ffn", "heads")):
+            kept = group.everything()[: width if isinstance(group, FfnUnits) else groups]
+            weight = group.consumer.weight[:, group.columns(kept)]
+            cuts.append(Cut(group, kept, weight, group.consumer.bias))
+        smaller = shrink(model, cuts, plain=True)
+        before, after = speeds([model, smaller], 256)
+        row = {
+            "model": SPEED_MODEL,
+            "method": "speed",
+            "percent": percent,
+            "removed": 1 - sum(layer.weight.numel() for layer in prunable_layers(smaller)) / total,
+            "parameters": [model.num_parameters(), smaller.num_parameters()],
+            "prefill_ms": [before.prefill_ms, after.prefill_ms],
+            "decode_ms": [before.decode_ms, after.decode_ms],
+            "prefill_speedup": before.prefill_ms / after.prefill_ms,
+            "decode_speedup": before.decode_ms / after.decode_ms,
+            "device": model.device.type,
+            "threads": torch.get_num_threads(),
+            "commit": commit(),
+            "versions": versions(),
+        }
+        print(row, flush=True)
+        yield row
 
 
 def table(rows: list[dict[str, Any]]) -> str:
