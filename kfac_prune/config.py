@@ -103,7 +103,7 @@ class Recipe:
     shots: int | None = _option(
         None,
         "with --structured: cuts on the way to the target, with the curvature estimated anew before each; default: 1, "
-        "and where more than 0.05 nats per token are lost also 3, the better kept",
+        "and where more than 0.05 nats per token are lost also 3, kept unless worse by 5 %",
     )
     method: str = _option(
         "kfac",
@@ -124,8 +124,8 @@ class Recipe:
     reconstruct: int | None = _option(
         None,
         "epochs over the calibration windows in which the weights left in each block learn to bring its output back to "
-        "the dense model's, one block at a time; 0 = off; default: 8 with --structured (kfac and layerwise, 16 windows "
-        "or more), else 0",
+        "the dense model's, one block at a time; 0 = off; default: 8 with --structured where refit is on and "
+        "there are 16 windows or more, else 0",
     )
     reconstruct_unit: str = _option(
         "block",
@@ -167,6 +167,10 @@ class Recipe:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.reconstruct is not None and self.reconstruct < 0:
             raise InputError(f"reconstruct is {self.reconstruct}; it must be at least 0")
+        if self.reconstruct and self.samples <= 8:
+            raise InputError(
+                f"reconstruct holds windows out and needs more than 8, and samples is {self.samples}; add some"
+            )
         if self.seed >= 2**63:
             raise InputError(f"seed is {self.seed}; it must be at least 0 and below 2^63")
         if self.sparsity is not None and not 0 <= self.sparsity < 1:

@@ -225,11 +225,17 @@ def _shrink(job: Job) -> Outcome:
         )
         job.echo(best.table())
     reconstructed: list[Reconstructed] = []
-    if recipe.reconstruct:
+    if recipe.reconstruct and best.kl > 0:
         with stages("reconstruct"):
             consumers = [group.consumer for group in groups]
             factors = estimate_factors(
-                model, consumers, job.calibration, fisher=fisher, seed=recipe.seed, batch_size=recipe.batch_size
+                model,
+                consumers,
+                job.calibration,
+                fisher=fisher,
+                seed=recipe.seed,
+                batch_size=recipe.batch_size,
+                quiet=job.quiet,
             )
             reconstructed = reconstruct_smaller(
                 model, best.model, job.layers, factors, job.calibration, _reconstruction(recipe), quiet=job.quiet

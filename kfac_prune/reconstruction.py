@@ -107,8 +107,8 @@ def reconstruct(
     batches = len(stack.entries)
     if batches < 2:
         raise InputError(
-            "reconstruction holds a tenth of the calibration windows out and there is one batch; add --samples, lower "
-            "--batch-size, or use --reconstruct 0"
+            "reconstruction holds a tenth of the calibration windows out and there is one batch; add --samples, or use "
+            "--reconstruct 0"
         )
     held = max(batches // HELD_OUT, 1)
     masks = masks or {}

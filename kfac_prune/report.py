@@ -194,7 +194,7 @@ def summary(record: dict[str, Any]) -> str:
         for other in record["other_plans"]:
             rows.append((_plan_label(other), "", f"{other['kl_calibration']:.4f}"))
         rows.append((f"{_plan_label(record)} (kept)", "", f"{record['kl_calibration']:.4f}"))
-    return "\n".join(f"{a:40}{b:>14}{c:>14}" for a, b, c in rows)
+    return "\n".join(f"{a:44}{b:>14}{c:>14}" for a, b, c in rows)
 
 
 def _plan_label(plan: dict[str, Any]) -> str:
@@ -205,10 +205,9 @@ def _plan_label(plan: dict[str, Any]) -> str:
 def model_card(recipe: Recipe, record: dict[str, Any]) -> str:
     """README.md of the pruned model, with the metadata block that model hubs read."""
     base = "" if Path(recipe.model).expanduser().is_dir() else f"base_model: {recipe.model}\n"
-    how = (
-        f"in {'one shot' if record.get('shots', 1) == 1 else str(record['shots']) + ' shots'}, without training, by "
-        f"kfac-prune {record['versions']['kfac-prune']} (method `{record['method']}`"
-    )
+    shots = "one shot" if record.get("shots", 1) == 1 else f"{record['shots']} shots"
+    trained = "and block-wise reconstruction" if record["reconstruction"] else "without training"
+    how = f"in {shots}, {trained}, by kfac-prune {record['versions']['kfac-prune']} (method `{record['method']}`"
     load = _LOAD
     if recipe.structured:
         tags, loads = "[pruned, kfac-prune]", "It is a plain checkpoint and loads as any other:"

@@ -156,7 +156,7 @@ def test_units_of_one_block(name, near):
     shrunk = shrink(model, smaller.cuts)
     assert type(shrunk).__name__ == f"Pruned{type(model).__name__}"
     assert_is(shrunk, family, smaller, near)
-    with pytest.raises(InputError, match="width 1 in some blocks only"):
+    with pytest.raises(InputError, match="width 1 with the rest as it is"):
         shrink(model, smaller.cuts, plain=True)
 
 

@@ -19,6 +19,8 @@ from kfac_prune.structure.removal import ColumnProblem, cheapest, cheapest_each,
 EXHAUSTIVE = 512
 #: Fractions of a group's weights, removed, at which a curve is measured.
 MEASURED = (0.15, 0.3, 0.5, 0.7, 0.85)
+#: Nats per token; a smaller measured cost is rounding.
+LEAST = 1e-9
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def corrected(options: Sequence[Option], measure: Callable[[Option], float]) -> 
     points: dict[int, float] = {}
     for option in nearest:
         if option is not None and option.saving not in points and option.cost > 0:
-            points[option.saving] = math.log(max(measure(option), 1e-9) / option.cost)
+            points[option.saving] = math.log(max(measure(option), LEAST) / option.cost)
     if not points:
         return list(options)
     xs, ys = zip(*sorted(points.items()), strict=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kfac_prune.errors import InputError
-from kfac_prune.models import Layer
+from kfac_prune.models import Layer, prunable_layers
 
 #: Producers (below one module) and consumer of FFN units; a single producer may stack gate and up.
 FFN_LAYOUTS = (
@@ -131,7 +131,9 @@ def find_ffn(model: PreTrainedModel, layers: Sequence[Layer]) -> list[FfnUnits]:
         rows = {layer.shape[0] for layer in producers}
         stacked = 2 if len(producers) == 1 else 1
         fits = rows in ({consumer.shape[1]}, {stacked * consumer.shape[1]})
-        coupled = any(p.shape == consumer.shape[1:] for _, p in _others(model, name, (*producers, consumer)))
+        linear = {f"{part.name.removeprefix(f'{name}.')}.bias" for part in prunable_layers(model)}
+        others = _others(model, name, (*producers, consumer))
+        coupled = any(p.shape == consumer.shape[1:] and n not in linear for n, p in others)
         if fits and (not coupled or consumer.shape[0] == consumer.shape[1]):
             found.append(FfnUnits(name, producers, consumer))
     return found
@@ -150,15 +152,18 @@ def find_heads(model: PreTrainedModel, layers: Sequence[Layer]) -> list[Attentio
             continue
         heads, rows = consumer.shape[1] // width, sum(layer.shape[0] for layer in producers) // width
         groups = (rows - heads) // 2  # the rest are keys and values
+        if groups < 1:
+            continue
         one = AttentionHeads(name, producers, consumer, groups, heads // groups, width)
         if [len(r) for _, r in one.rows(one.everything())] != [layer.shape[0] for layer in producers]:
             continue
         for other, parameter in _others(model, name, (*producers, consumer)):
             a_list = any(part.isdigit() for part in other.split("."))  # of norms, one for every head
-            if parameter.ndim > 1 or parameter.numel() > width or a_list:
+            per_head = "." not in other and parameter.numel() in (heads, groups)  # such as attention sinks
+            if parameter.ndim > 1 or parameter.numel() > width or a_list or per_head:
                 raise InputError(
                     f"the heads of {name} cannot be removed: its {other} {list(parameter.shape)} belongs to several "
-                    f"heads of width {width} together, so the others would change"
+                    f"heads of width {width} together, so the others would change; use --structured ffn"
                 )
         found.append(one)
     return found

@@ -56,41 +56,47 @@ def speeds(models: Sequence[PreTrainedModel], length: int) -> list[Speed]:
         length: T, tokens of the window.
     """
     ids = torch.zeros(1, length, dtype=torch.int64, device=models[0].device)
+    decoded = min(DECODED, length - 1)
 
     def prefill(model: PreTrainedModel) -> None:
         model(input_ids=ids, use_cache=False)
 
     def decode(model: PreTrainedModel) -> float:
-        cache = model(input_ids=ids[:, : max(length - DECODED, 1)], use_cache=True).past_key_values
+        cache = model(input_ids=ids[:, : length - decoded], use_cache=True).past_key_values
         return milliseconds(
-            lambda: [model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True) for _ in range(DECODED)],
+            lambda: [model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True) for _ in range(decoded)],
+            model.device,
             repeats=1,
         )
 
     with torch.inference_mode():
         for model in models:
             prefill(model)  # the first pass pays for kernels and memory
-        rounds = [[(milliseconds(partial(prefill, m), repeats=1), decode(m)) for m in models] for _ in range(7)]
+        rounds = [
+            [(milliseconds(partial(prefill, m), m.device, repeats=1), decode(m)) for m in models] for _ in range(7)
+        ]
     return [
-        Speed(median(r[i][0] for r in rounds), median(r[i][1] for r in rounds) / DECODED) for i in range(len(models))
+        Speed(median(r[i][0] for r in rounds), median(r[i][1] for r in rounds) / decoded) for i in range(len(models))
     ]
 
 
-def milliseconds(call: Callable[[], Any], repeats: int = 0) -> float:
-    """Median time of a call; 0 repeats it for half a second."""
+def milliseconds(call: Callable[[], Any], device: torch.device, repeats: int = 0) -> float:
+    """Median time of a call on a device; 0 repeats it for half a second."""
     times: list[float] = []
     while len(times) < (repeats or REPEATS) or (not repeats and sum(times) < 1000 * SECONDS):
-        _synchronise()
+        _synchronise(device)
         start = time.perf_counter()
         call()
-        _synchronise()
+        _synchronise(device)
         times.append(1000 * (time.perf_counter() - start))
     return median(times)
 
 
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 @dataclass(frozen=True)
@@ -153,7 +159,7 @@ def _time_block(model: PreTrainedModel, group: Group, kept: Tensor, length: int)
     stream = stack.entries[0].to(model.device)
     with torch.inference_mode():
         stack.run(index, 0, stream)
-        return milliseconds(lambda: stack.run(index, 0, stream))
+        return milliseconds(lambda: stack.run(index, 0, stream), model.device)
 
 
 def latency_target(model: PreTrainedModel, groups: Sequence[Group], length: int, wanted_ms: float) -> Target:
@@ -162,13 +168,13 @@ def latency_target(model: PreTrainedModel, groups: Sequence[Group], length: int,
     Raises:
         InputError: the dense model is that fast already.
     """
-    table = latency_table(model, groups, length)
     (dense,) = speeds([model], length)
     if wanted_ms >= dense.prefill_ms:
         raise InputError(
             f"--target-latency is {wanted_ms:g} ms, and the dense model takes {dense.prefill_ms:.3g} ms for one window "
             f"of {length} tokens on {model.device}; ask for less"
         )
+    table = latency_table(model, groups, length)
     full = {group.name: tuple(group.everything().shape) for group in groups}
 
     def saving(group: Group, option: Option) -> float:

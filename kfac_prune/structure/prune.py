@@ -21,7 +21,7 @@ from kfac_prune.structure.curves import Option
 from kfac_prune.structure.groups import AttentionHeads, FfnUnits, Group, find_ffn, find_heads, saving
 from kfac_prune.structure.plan import Problem, Saving, one_size, own_sizes
 from kfac_prune.structure.repair import repair
-from kfac_prune.structure.shrink import Cut, shrink
+from kfac_prune.structure.shrink import CannotBeStored, Cut, shrink
 
 logger = logging.getLogger("kfac_prune")
 
@@ -211,7 +211,13 @@ def prune_structured(
     finished = []
     for one in ("uniform", "per-layer"):
         if widths in (None, one):
-            done = job.run(one, first, curves, settings.shots or 1)
+            try:
+                done = job.run(one, first, curves, settings.shots or 1)
+            except CannotBeStored as error:
+                if widths == one:
+                    raise
+                echo(f"  no {one} plan: {error}")
+                continue
             if done is not None:
                 finished.append(done)
     if not finished:
@@ -353,7 +359,7 @@ def _check_reach(groups: Sequence[Group], target: Target, multiple: int) -> None
         most += target.saving(group, Option(least, saving(group, least), 0.0))
     if most < target.amount * (1 - 1e-9):
         raise InputError(
-            f"the target asks to save {target.amount:,.6g} {target.unit}; {groups[0].name} and the {len(groups) - 1} "
-            f"groups after it would lose all of their units, since cut to the least they save {most:,.6g}; lower the "
-            "target, or add groups to --structured"
+            f"the target asks to save {target.amount:,.6g} {target.unit}, which would leave nothing of "
+            f"{groups[0].name} and its kind: the {len(groups)} groups, each cut to the least, save {most:,.6g}; "
+            "lower the target or --multiple, or add groups to --structured"
         )

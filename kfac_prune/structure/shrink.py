@@ -30,6 +30,10 @@ AUTO_CLASSES: dict[str, Mapping[str, str | Sequence[str]]] = {
 }
 
 
+class CannotBeStored(InputError):
+    """No checkpoint of the wanted kind can hold the smaller model."""
+
+
 @dataclass(frozen=True)
 class Cut:
     """What stays of one group, and the consumer's new weights.
@@ -59,7 +63,8 @@ def shrink(model: PreTrainedModel, cuts: Sequence[Cut], *, plain: bool = False) 
         plain: insist on a plain configuration.
 
     Raises:
-        InputError: a cut leaves nothing of a group, or ``plain`` cannot be had; names group and numbers.
+        InputError: a cut leaves nothing of a group; names it.
+        CannotBeStored: no (plain) configuration holds the result; names the numbers.
     """
     state = model.state_dict()
     shapes: dict[str, list[int]] = dict(getattr(model.config, "pruned_shapes", {}))
@@ -84,7 +89,7 @@ def shrink(model: PreTrainedModel, cuts: Sequence[Cut], *, plain: bool = False) 
             if _shapes(empty) == {name: tensor.shape for name, tensor in state.items()}:
                 return _filled(empty, state, model)
     if plain:
-        raise InputError(_refusal(model, cuts, widths, counts))
+        raise CannotBeStored(_refusal(model, cuts, widths, counts))
     base = base_class(model)
     config = copy.deepcopy(model.config)
     config.pruned_shapes, config.pruned_heads = shapes, heads
@@ -184,9 +189,9 @@ def _rows(module: nn.Module) -> int:
 
 def _auto_class(base: type[PreTrainedModel]) -> str:
     for name, classes in AUTO_CLASSES.items():
-        if any(base.__name__ == c or base.__name__ in c for c in classes.values()):
+        if any(base.__name__ in ((c,) if isinstance(c, str) else c) for c in classes.values()):
             return name
-    raise InputError(f"no Auto class of transformers loads {base.__name__}, so widths of its own cannot be saved")
+    raise CannotBeStored(f"no Auto class of transformers loads {base.__name__}, so widths per layer cannot be saved")
 
 
 def _refusal(model: PreTrainedModel, cuts: Sequence[Cut], widths: set[int], counts: set[tuple[int, int]]) -> str:
@@ -195,7 +200,8 @@ def _refusal(model: PreTrainedModel, cuts: Sequence[Cut], widths: set[int], coun
         return f"a plain {kind} configuration holds one width for all blocks, and these have {len(widths | counts)}"
     attention = next((cut.group for cut in cuts if isinstance(cut.group, AttentionHeads)), None)
     if attention is None or not counts:
-        return f"a plain {kind} configuration cannot hold FFNs of width {min(widths)} in some blocks only"
+        sizes = f"FFNs of width {min(widths)}" if widths else "these sizes"
+        return f"a plain {kind} configuration cannot hold {sizes} with the rest as it is; use --widths per-layer"
     fits = ", ".join(f"{g * q} in {g} KV groups" for g, q in sorted(accepted_heads(model, attention)))
     groups, per_group = min(counts)
     return (
