@@ -246,6 +246,11 @@ def _shrink(job: Job) -> Outcome:
         )
     with stages("measure speed"):
         speed = speeds([model, best.model], recipe.seqlen)
+    if recipe.target_latency is not None and speed[1].prefill_ms > recipe.target_latency:
+        job.echo(
+            f"prefill takes {speed[1].prefill_ms:.3g} ms (dense {speed[0].prefill_ms:.3g}), more than --target-latency "
+            f"{recipe.target_latency:g}: timings on {recipe.device} vary, or blocks are not all of it; ask for less"
+        )
     return Outcome(
         best.model, dense, pruned, shrunk_record(recipe, model, job.layers, best, others, reconstructed, speed)
     )
