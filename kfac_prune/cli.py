@@ -26,7 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"kfac-prune: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("kfac-prune: interrupted; nothing was written", file=sys.stderr)
+        print(
+            "kfac-prune: interrupted; nothing was written to --out",
+            file=sys.stderr,
+        )
         return 130
     return 0
 

@@ -132,6 +132,12 @@ class Recipe:
         "what --reconstruct trains at a time: whole blocks, or sublayers (attention, then FFN; less memory)",
         choices=("block", "sublayer"),
     )
+    streams: str = _option(
+        "cpu",
+        "where --reconstruct keeps the activations between blocks: main memory, the device's own, or files in the "
+        "folder for temporary files (TMPDIR)",
+        choices=("cpu", "device", "disk"),
+    )
     include: tuple[str, ...] = _option(
         (), "only prune layers whose name matches this shell pattern (repeatable); default: all"
     )
@@ -154,6 +160,9 @@ class Recipe:
         "auto", "to load the model in; auto = the checkpoint's", choices=("auto", "float32", "bfloat16", "float16")
     )
     overwrite: bool = _option(False, "replace --out if it exists")
+    resume: bool = _option(
+        False, "go on after the last reconstructed block of an interrupted run with the same options, from OUT.work"
+    )
     trust_remote_code: bool = _option(False, "run model code that comes with the checkpoint")
 
     def __post_init__(self) -> None:
@@ -167,9 +176,9 @@ class Recipe:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.reconstruct is not None and self.reconstruct < 0:
             raise InputError(f"reconstruct is {self.reconstruct}; it must be at least 0")
-        if self.reconstruct and self.samples <= 8:
+        if self.reconstruct and self.samples < 10:
             raise InputError(
-                f"reconstruct holds windows out and needs more than 8, and samples is {self.samples}; add some"
+                f"reconstruct holds a tenth of the windows out and needs at least 10; samples is {self.samples}"
             )
         if self.seed >= 2**63:
             raise InputError(f"seed is {self.seed}; it must be at least 0 and below 2^63")

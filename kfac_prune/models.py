@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,6 +147,18 @@ def prunable_layers(model: PreTrainedModel, include: Sequence[str] = (), ignore:
     if not kept:
         raise InputError(f"no layer of {type(model).__name__} is left to prune after --include and --ignore")
     return kept
+
+
+def find_blocks(model: nn.Module, layers: Iterable[Layer]) -> tuple[list[str], list[nn.Module]]:
+    """Names and modules of the repeated blocks: the list of modules that holds most of the layers."""
+    names = [layer.name for layer in layers]
+    best: tuple[int, list[str], list[nn.Module]] = (0, [], [])
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            count = sum(one.startswith(f"{name}.") for one in names)
+            if count > best[0]:
+                best = (count, [f"{name}.{i}" for i in range(len(module))], list(module))
+    return best[1], best[2]
 
 
 def _reason(error: Exception) -> str:

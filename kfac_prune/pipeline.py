@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,10 +23,10 @@ from kfac_prune.obs import NM
 from kfac_prune.operators import Damping
 from kfac_prune.plan import Probe, make_plan, prune
 from kfac_prune.quality import Quality, evaluate
-from kfac_prune.reconstruction import BATCH, Reconstructed, Reconstruction, metrics, reconstruct
+from kfac_prune.reconstruction import Reconstructed, Reconstruction, metrics, reconstruct, step_windows
 from kfac_prune.refitting import Refitted, refit
 from kfac_prune.report import Stages, model_card, plan_record, result_record, shrunk_record, summary
-from kfac_prune.store import check_output, new_folder
+from kfac_prune.store import check_output, new_folder, work_folder
 from kfac_prune.stream import BlockStack
 from kfac_prune.structure.latency import latency_target, speeds
 from kfac_prune.structure.prune import Settings, find_groups, parameters_target, prune_structured, weights_target
@@ -78,6 +79,8 @@ def run(recipe: Recipe, *, echo: Callable[[str], None] = logger.info, quiet: boo
     """
     recipe = replace(recipe.resolved(), device=resolve_device(recipe.device))
     job = _load(recipe, echo, quiet)
+    if not recipe.resume:
+        shutil.rmtree(work_folder(recipe.out), ignore_errors=True)
     outcome = _shrink(job) if recipe.structured else _mask(job)
     with new_folder(recipe.out, overwrite=recipe.overwrite) as folder:
         with job.stages("save"):
@@ -86,9 +89,10 @@ def run(recipe: Recipe, *, echo: Callable[[str], None] = logger.info, quiet: boo
         record = result_record(
             recipe, job.calibration, outcome.dense, outcome.pruned, job.stages, own_part=outcome.record
         )
-        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        (folder / "recipe.yaml").write_text(replace(recipe, resume=False).to_yaml(), encoding="utf-8")
         (folder / "kfac_prune.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card(recipe, record), encoding="utf-8")
+    shutil.rmtree(work_folder(recipe.out), ignore_errors=True)
     echo(summary(record))
     echo(f"saved to {recipe.out}")
     return record
@@ -161,15 +165,13 @@ def _mask(job: Job) -> Outcome:
     if recipe.reconstruct and plan.sparsity > 0:
         with stages("reconstruct"):
             with dense.swapped_in():
-                stack = BlockStack(model, layers, job.calibration, BATCH)
-            linear = {layer.name: layer for layer in prunable_layers(model)}
+                shelf: Any = recipe.streams  # the recipe has checked it
+                stack = BlockStack(model, job.calibration, step_windows(job.calibration), shelf)
             masks = {layer.name: layer.mask for layer in plan.layers}
             reconstructed = reconstruct(
                 stack,
-                linear,
                 stack,
-                linear,
-                metrics(factors),
+                metrics(factors, damping),
                 _reconstruction(recipe),
                 trained=masks,
                 masks=masks,
@@ -189,6 +191,7 @@ def _shrink(job: Job) -> Outcome:
     method: Any = recipe.method
     fisher: Any = recipe.fisher
     widths: Any = recipe.widths
+    shelf: Any = recipe.streams
     assert recipe.damping is not None
     assert recipe.refit is not None
     groups = find_groups(model, job.layers, kinds)  # refused before any long work
@@ -227,10 +230,11 @@ def _shrink(job: Job) -> Outcome:
     reconstructed: list[Reconstructed] = []
     if recipe.reconstruct and best.kl > 0:
         with stages("reconstruct"):
-            consumers = [group.consumer for group in groups]
+            width = model.config.get_text_config().hidden_size
+            writers = [layer for layer in prunable_layers(model) if layer.shape[0] == width]  # among others
             factors = estimate_factors(
                 model,
-                consumers,
+                writers,
                 job.calibration,
                 fisher=fisher,
                 seed=recipe.seed,
@@ -238,7 +242,14 @@ def _shrink(job: Job) -> Outcome:
                 quiet=job.quiet,
             )
             reconstructed = reconstruct_smaller(
-                model, best.model, job.layers, factors, job.calibration, _reconstruction(recipe), quiet=job.quiet
+                model,
+                best.model,
+                job.layers,
+                factors,
+                job.calibration,
+                _reconstruction(recipe),
+                shelf=shelf,
+                quiet=job.quiet,
             )
     with stages("measure pruned"):
         pruned = evaluate(
@@ -259,7 +270,7 @@ def _shrink(job: Job) -> Outcome:
 def _reconstruction(recipe: Recipe) -> Reconstruction:
     unit: Any = recipe.reconstruct_unit  # the recipe has checked it
     assert recipe.reconstruct is not None
-    return Reconstruction(recipe.reconstruct, unit, recipe.seed)
+    return Reconstruction(recipe.reconstruct, unit, recipe.seed, work_folder(recipe.out))
 
 
 def resolve_device(name: str) -> str:

@@ -1,42 +1,48 @@
-"""Reconstruction: the weights left in a sub-block learn to bring the residual stream back to the dense model's.
+"""Reconstruction: the weights left in a block learn to bring the residual stream back to the dense model's.
 
-The dense and the pruned streams pass through the blocks in order. Each sub-block in turn (up to and including a layer
-that writes into the stream; or a whole block) minimises ``½ E[δᵀ G δ]`` over its kept weights by Adam, δ being the
+The dense and the pruned streams pass through the blocks in order. Each block in turn (or each sub-layer: up to and
+including a layer that writes into the stream) minimises ``½ E[δᵀ G δ]`` over its kept weights by Adam, δ being the
 difference of the streams after it and G the covariance of the gradients there, so that the objective is a KL in nats
-per token to second order (DESIGN §7). One sub-block at a time has gradients and optimizer state. Reconstruction with
+per token to second order (DESIGN §7). One of them at a time has gradients and optimizer state. Reconstruction with
 G = I is known (Wanda++, Yang et al. 2025); the Fisher metric is ours.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from kfac_prune.curvature.estimate import Factors
+from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.models import Layer
 from kfac_prune.operators import Damping
+from kfac_prune.ranks import largest, summed
 from kfac_prune.refitting import dense_pass
+from kfac_prune.store import content_hash, load_artifact, save_artifact
 from kfac_prune.stream import BlockStack, Writer, find_writers, observed
 
 logger = logging.getLogger("kfac_prune")
 
-Unit = Literal["sublayer", "block"]
-#: Learning rates that the first sub-block tries; the one with the lowest held-out objective serves all.
-LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
-#: Windows per step.
-BATCH = 8
+Unit = Literal["block", "sublayer"]
+#: Tokens per step, in whole windows. Of 2048, 1024 and 512 the smallest was best for the same number of epochs.
+STEP_TOKENS = 512
 #: One batch in so many is held out: no step is taken on it, and it decides which state is kept.
 HELD_OUT = 10
+#: Adam's learning rate at the first step; it falls to zero on a cosine. Where it makes a block worse it is divided by
+#: ``LOWER``, so many times.
+RATE, LOWER, TRIES = 1e-3, 4.0, 3
 
 
 @dataclass(frozen=True)
@@ -44,22 +50,24 @@ class Reconstruction:
     """How to reconstruct.
 
     Attributes:
-        epochs: passes over the calibration windows per sub-block.
-        unit: "sublayer" trains attention and FFN one after the other, "block" both together.
+        epochs: passes over the calibration windows per block or sub-layer.
+        unit: "block" trains attention and FFN together, "sublayer" one after the other.
         seed: of the order of the batches.
+        folder: where every finished block is left, from which a run that was interrupted goes on; None: nowhere.
     """
 
     epochs: int
-    unit: Unit = "sublayer"
+    unit: Unit = "block"
     seed: int = 0
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)
 class Reconstructed:
-    """What happened to one sub-block.
+    """What happened to one block or sub-layer.
 
     Attributes:
-        name: of the layer that ends it.
+        name: of the block, or of the layer that ends the sub-layer.
         before: held-out ½ E[δᵀ G δ] at the start, nats per token.
         after: with the weights that were kept; never more.
         learning_rate: that the kept weights were found with; 0 where the start was best.
@@ -73,11 +81,20 @@ class Reconstructed:
     seconds: float
 
 
+def step_windows(windows: Windows) -> int:
+    """Windows per step, so few that a tenth of the steps can be held out."""
+    return max(min(STEP_TOKENS // windows.input_ids.shape[1], len(windows) // HELD_OUT), 1)
+
+
+def metrics(factors: Factors, damping: Damping) -> dict[str, Tensor]:
+    """The metric G [d, d], damped, after every block and at the output of every layer, by name."""
+    found = factors.streams | {name: layer.g for name, layer in factors.layers.items()}
+    return {name: damping(g, name="G", where=name)[0] for name, g in found.items()}
+
+
 def reconstruct(
     dense_stack: BlockStack,
-    dense_layers: Mapping[str, Layer],
     stack: BlockStack,
-    layers: Mapping[str, Layer],
     metric: Mapping[str, Tensor],
     settings: Reconstruction,
     *,
@@ -86,23 +103,26 @@ def reconstruct(
     dense: Callable[[], AbstractContextManager[None]] = nullcontext,
     quiet: bool = True,
 ) -> list[Reconstructed]:
-    """Reconstruct all sub-blocks in order, in place.
+    """Reconstruct all blocks in order, in place.
+
+    Under several processes (``torch.distributed``) every one brings its own windows, in equally many batches; gradients
+    and held-out objectives are then means over the tokens of all of them.
 
     Args:
         dense_stack: blocks of the dense model.
-        dense_layers: all linear layers of the dense model by name.
-        stack: blocks of the pruned model, in batches as steps are taken on; the same object where ``dense`` makes one
-            model the other.
-        layers: all linear layers of the pruned model, under the same names.
-        metric: G [out, out], damped, per layer that writes into the stream.
-        settings: epochs, unit and seed.
+        stack: blocks of the pruned model, in batches as steps are taken on (``step_windows``); the same object where
+            ``dense`` makes one model the other.
+        metric: G [d, d], damped, after every block by its name (``metrics``). With unit "sublayer" a layer that writes
+            into the stream ends a sub-layer where there is a metric under its name.
+        settings: epochs, unit, seed and folder.
         trained: names of the layers that may change.
         masks: [out, in] per layer, True = kept; layers without one keep every weight.
         dense: a context in which ``dense_stack`` is dense.
         quiet: show no progress bar.
 
     Raises:
-        InputError: too few batches to hold one out, or a stream that is not finite; names the block.
+        InputError: too few batches to hold one out, a stream that is not finite (names the block), or a file in the
+            folder that is broken or from another run.
     """
     batches = len(stack.entries)
     if batches < 2:
@@ -110,170 +130,182 @@ def reconstruct(
             "reconstruction holds a tenth of the calibration windows out and there is one batch; add --samples, or use "
             "--reconstruct 0"
         )
-    held = max(batches // HELD_OUT, 1)
+    if (most := largest(batches, stack.device)) != batches:
+        raise InputError(f"{batches} batches in one process and {most} in another; share them out evenly")
     masks = masks or {}
+    journal = (
+        None if settings.folder is None else _Journal(settings.folder, _fingerprint(stack, settings, masks, dense))
+    )
     dense_stream, stream = list(dense_stack.entries), list(dense_stack.entries)
     records: list[Reconstructed] = []
-    rates: Sequence[float] = LEARNING_RATES
     with tqdm(total=len(stack.names), desc="reconstruct", unit="block", disable=quiet) as bar:
-        for index, block in enumerate(stack.names):
-            inside = [layer for name, layer in dense_layers.items() if name.startswith(f"{block}.")]
+        for index in range(len(stack.names)):
             with dense():
-                writers = find_writers(dense_stack, index, dense_stream[0], inside)
-                order, goals, dense_stream = dense_pass(dense_stack, index, inside, writers, dense_stream)
-            for part in _parts(block, order, writers, goals, layers, metric, settings.unit):
+                parts, dense_stream = _parts(dense_stack, stack, index, dense_stream, metric, settings.unit)
+            for part in parts:
                 part = replace(part, trained=[layer for layer in part.trained if layer.name in trained])
                 if not part.trained:
                     continue
-                problem = _Problem(stack, index, part, stream, masks, held, block)
-                record = problem.solve(settings, rates)
-                rates = [record.learning_rate] if record.learning_rate and len(rates) > 1 else rates
+                problem = _Problem(stack, index, part, stream, masks)
+                record = None if journal is None else journal.read(len(records), problem)
+                if record is None:
+                    record = problem.solve(settings)
+                    if journal is not None:
+                        journal.write(len(records), problem, record)
                 records.append(record)
-                bar.set_postfix_str(f"{part.writers[-1].layer.name} {record.before:.2e} -> {record.after:.2e}")
+                bar.set_postfix_str(f"{record.name} {record.before:.2e} -> {record.after:.2e}")
             with torch.no_grad():
-                stream = [stack.run(index, batch, x).cpu() for batch, x in enumerate(stream)]
+                stream = [stack.keep(stack.run(index, batch, x)) for batch, x in enumerate(stream)]
             bar.update(1)
     return records
 
 
-def metrics(factors: Factors) -> dict[str, Tensor]:
-    """G [out, out] of every layer, damped as usual."""
-    damping = Damping()
-    return {name: damping(layer.g, name="G", where=name)[0] for name, layer in factors.layers.items()}
-
-
 @dataclass(frozen=True)
 class _Part:
-    """One sub-block: the layers that are trained, all writers up to its end, and the dense stream there."""
+    """One block or sub-layer: what is trained, the dense stream after it per batch, and the metric there.
 
+    ``writers`` are all of the block up to the end of the sub-layer, or None where it ends with the block.
+    """
+
+    name: str
     trained: list[Layer]
-    writers: list[Writer]
     goals: Sequence[Tensor]
     metric: Tensor
+    writers: list[Writer] | None
 
 
 def _parts(
-    block: str,
-    order: Sequence[str],
-    writers: Sequence[Writer],
-    goals: Sequence[Sequence[Tensor]],
-    layers: Mapping[str, Layer],
+    dense_stack: BlockStack,
+    stack: BlockStack,
+    index: int,
+    streams: Sequence[Tensor],
     metric: Mapping[str, Tensor],
     unit: Unit,
-) -> Iterator[_Part]:
-    """Cut a block into sub-blocks: each ends with a writer and holds the layers that run since the one before."""
-    if not writers:
-        if order:
-            logger.warning("reconstruct: %s adds to the stream what no sum of its layers gives; left as it is", block)
-        return
-    ends = [i for i, writer in enumerate(writers) if writer.layer.name in metric]
-    ends = ends[-1:] if unit == "block" else ends
-    start = 0
+) -> tuple[list[_Part], list[Tensor]]:
+    """A block, or its sub-layers: each ends with a writer and holds the layers that run since the one before.
+
+    Also returns the dense stream after the block.
+    """
+    block, inside = stack.names[index], dense_stack.inside(index)
+    writers = find_writers(dense_stack, index, streams[0], inside) if unit == "sublayer" else []
+    if unit == "sublayer" and inside and not writers:
+        logger.warning("reconstruct: no sum of the layers of %s gives what it adds; it is trained as one", block)
+    ends = [i for i, writer in enumerate(writers[:-1]) if writer.layer.name in metric]
+    order, goals, after = dense_pass(dense_stack, index, inside, writers[: ends[-1] + 1] if ends else [], streams)
+    parts, start = [], 0
     for end in ends:
-        stop = list(order).index(writers[end].layer.name) + 1
-        mine = [Writer(layers[w.layer.name], w.factor) for w in writers[: end + 1]]
-        trained = [layers[name] for name in order[start:stop]]
+        name = writers[end].layer.name
+        stop = order.index(name) + 1
+        before = [replace(w, layer=stack.layers[w.layer.name]) for w in writers[: end + 1]]
+        parts.append(_Part(name, [stack.layers[n] for n in order[start:stop]], goals[end], metric[name], before))
         start = stop
-        yield _Part(trained, mine, goals[end], metric[writers[end].layer.name])
+    last = _Part(block, [stack.layers[n] for n in order[start:]], after, metric[block], None)
+    return [*parts, last], after
 
 
 class _Problem:
-    """The training of one sub-block.
+    """The training of one block or sub-layer.
 
-    Weights that are pruned have no gradient, so Adam leaves them at zero. Steps are taken on float32 copies.
+    Weights that are pruned have no gradient, so Adam leaves them at zero. Steps are taken on float32 copies; the
+    forward pass uses them as the model's dtype rounds them, so what is measured is what is kept.
     """
 
     def __init__(
-        self,
-        stack: BlockStack,
-        index: int,
-        part: _Part,
-        stream: Sequence[Tensor],
-        masks: Mapping[str, Tensor],
-        held: int,
-        block: str,
+        self, stack: BlockStack, index: int, part: _Part, stream: Sequence[Tensor], masks: Mapping[str, Tensor]
     ) -> None:
-        self._stack, self._index, self._part, self._stream, self._block = stack, index, part, stream, block
-        self._train, self._held = range(len(stream) - held), range(len(stream) - held, len(stream))
-        self._parameters: list[torch.nn.Parameter] = []
+        self.part, self._stack, self._index, self._stream = part, stack, index, stream
+        first = len(stream) - max(len(stream) // HELD_OUT, 1)
+        self._train, self._held = range(first), range(first, len(stream))
+        self.parameters: list[nn.Parameter] = []
         self._masks: list[Tensor | None] = []
         for layer in part.trained:
             for parameter in layer.parameters():
                 mask = masks.get(layer.name) if parameter.ndim > 1 else None
-                self._parameters.append(parameter)
+                self.parameters.append(parameter)
                 self._masks.append(None if mask is None else layer.stored(mask).to(parameter.device))
+        self._metric = part.metric.to(self.parameters[0].device)
 
-    def solve(self, settings: Reconstruction, rates: Sequence[float]) -> Reconstructed:
-        """Train with each learning rate from the same start; keep the best state by the held-out objective."""
+    def assign(self, values: Sequence[Tensor]) -> None:
+        """Replace the trained parameters; the tensors that they had are not written to."""
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.data = value
+
+    def solve(self, settings: Reconstruction) -> Reconstructed:
+        """Train from the present weights and leave the state with the lowest held-out objective."""
         begin = time.perf_counter()
-        start = [p.data for p in self._parameters]
+        start = [p.data for p in self.parameters]
         before = self._objective()
         if not math.isfinite(before):
             raise InputError(
-                f"the residual stream after {self._part.writers[-1].layer.name} is not finite on the calibration text; "
+                f"the residual stream after {self.part.name} is not finite on the calibration text; "
                 "try --dtype float32 or bfloat16, or --reconstruct 0"
             )
-        best, kept, chosen = before, start, 0.0
-        for rate in rates:
-            for parameter, value in zip(self._parameters, start, strict=True):
-                parameter.data = value
-            loss, state = self._trained(rate, settings)
-            if loss < best:
+        best, kept, chosen, rate = before, start, 0.0, RATE
+        for _ in range(TRIES):
+            self.assign(start)
+            loss, state = self._trained(rate, before, settings)
+            if loss < before:
                 best, kept, chosen = loss, state, rate
-            elif len(rates) == 1 and chosen == 0.0:
-                logger.info("reconstruct: %s: a learning rate of %g does not help", self._block, rate)
-        for parameter, value in zip(self._parameters, kept, strict=True):
-            parameter.data = value
-        return Reconstructed(self._part.writers[-1].layer.name, before, best, chosen, time.perf_counter() - begin)
+                break
+            logger.info("reconstruct: %s: a learning rate of %.3g does not help; lowered", self.part.name, rate)
+            rate /= LOWER
+        self.assign(kept)
+        return Reconstructed(self.part.name, before, best, chosen, time.perf_counter() - begin)
 
-    def _trained(self, rate: float, settings: Reconstruction) -> tuple[float, list[Tensor]]:
-        """The lowest held-out objective of one training, and the weights that gave it."""
-        masters = [p.data.float().clone() for p in self._parameters]
+    def _trained(self, rate: float, before: float, settings: Reconstruction) -> tuple[float, list[Tensor]]:
+        """The lowest held-out objective of one training, and the weights that gave it; given up where it diverges."""
+        masters = [p.data.float().clone() for p in self.parameters]
         optimizer = torch.optim.Adam(masters, lr=rate, betas=(0.9, 0.95))
         generator = torch.Generator().manual_seed(settings.seed)
         steps = settings.epochs * len(self._train)
-        step, best, kept = 0, math.inf, [p.data for p in self._parameters]
+        step, best, kept = 0, math.inf, [p.data for p in self.parameters]
         with self._gradients():
             for _ in range(settings.epochs):
                 for batch in torch.randperm(len(self._train), generator=generator).tolist():
                     optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
                     step += 1
-                    loss = self._loss(batch)[0]
-                    gradients = torch.autograd.grad(loss, self._parameters)
-                    for master, gradient, mask in zip(masters, gradients, self._masks, strict=True):
-                        master.grad = gradient.float() if mask is None else gradient.float() * mask
+                    self._gradient(batch, masters)
                     optimizer.step()
-                    for parameter, master in zip(self._parameters, masters, strict=True):
-                        parameter.data = master.to(parameter.dtype, copy=True)
-                loss_now = self._objective()
-                if loss_now < best:
-                    best, kept = loss_now, [p.data for p in self._parameters]
-                if not math.isfinite(loss_now):
+                    self.assign([m.to(p.dtype, copy=True) for m, p in zip(masters, self.parameters, strict=True)])
+                now = self._objective()
+                if now < best:
+                    best, kept = now, [p.data for p in self.parameters]
+                if not now < 2 * before:  # diverges
                     break
         return best, kept
+
+    def _gradient(self, batch: int, masters: Sequence[Tensor]) -> None:
+        """Leave the gradient of one step's objective, zero off the masks, with the float32 copies."""
+        total, tokens = self._loss(batch)
+        gradients = torch.autograd.grad(total, self.parameters)
+        (everywhere,) = summed(total.new_tensor(tokens))
+        for master, gradient, mask in zip(masters, summed(*gradients), self._masks, strict=True):
+            gradient = gradient.float() / everywhere
+            master.grad = gradient if mask is None else gradient * mask
 
     def _objective(self) -> float:
         """Held-out objective, nats per token."""
         with torch.no_grad():
-            sums = [self._loss(batch) for batch in self._held]
-        return sum(float(loss) * tokens for loss, tokens in sums) / sum(tokens for _, tokens in sums)
+            sums = [(float(total), tokens) for total, tokens in map(self._loss, self._held)]
+        both = torch.tensor(sums, dtype=torch.float64, device=self._metric.device).sum(0)
+        total, tokens = summed(both)[0].tolist()
+        return float(total / tokens)
 
     def _loss(self, batch: int) -> tuple[Tensor, int]:
-        """½ mean δᵀ G δ over a batch's tokens, and their number."""
-        stack, part, stream = (
-            self._stack,
-            self._part,
-            self._stream[batch].to(self._part.writers[-1].layer.weight.device),
-        )
-        with observed([w.layer for w in part.writers], detach=False) as seen:
-            stack.run(self._index, batch, stream, until=part.writers[-1].layer)
-        for writer in part.writers:
-            stream = stream + writer.factor * seen[writer.layer.name][1].reshape(stream.shape)
-        delta = (stream - part.goals[batch].to(stream.device)).float().flatten(0, 1)  # [B T, d]
+        """Σ ½ δᵀ G δ over a batch's tokens, and their number."""
+        stack, writers, stream = self._stack, self.part.writers, self._stream[batch].to(self._metric.device)
+        if writers is None:
+            stream = stack.run(self._index, batch, stream)
+        else:
+            with observed([w.layer for w in writers], detach=False) as seen:
+                stack.run(self._index, batch, stream, until=writers[-1].layer)
+            for writer in writers:
+                stream = stream + writer.factor * seen[writer.layer.name][1].reshape(stream.shape)
+        delta = (stream - self.part.goals[batch].to(stream.device)).float().flatten(0, 1)  # [B T, d]
         mask = stack.masks[batch]
         if mask is not None:
             delta = delta[mask.reshape(-1)]
-        return 0.5 * ((delta @ part.metric.to(delta.dtype)) * delta).sum(-1).mean(), len(delta)
+        return 0.5 * ((delta @ self._metric.float()) * delta).sum(), len(delta)
 
     @contextmanager
     def _gradients(self) -> Iterator[None]:
@@ -283,10 +315,51 @@ class _Problem:
         try:
             for p in everything:
                 p.requires_grad_(False)
-            for p in self._parameters:
+            for p in self.parameters:
                 p.requires_grad_(True)
             with torch.enable_grad():
                 yield
         finally:
             for p, flag in zip(everything, flags, strict=True):
                 p.requires_grad_(flag)
+
+
+@dataclass(frozen=True)
+class _Journal:
+    """Finished blocks on disk, each with the fingerprint of the run that it belongs to."""
+
+    folder: Path
+    key: str
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"reconstruction-{number:04}.safetensors"
+
+    def read(self, number: int, problem: _Problem) -> Reconstructed | None:
+        """Take over the weights of a block that was finished before; None if it was not."""
+        found = load_artifact(self._path(number), f"{self.key} {problem.part.name}")
+        if found is None:
+            return None
+        tensors, record = found
+        values = [tensors[str(i)].to(p.device) for i, p in enumerate(problem.parameters)]
+        problem.assign(values)
+        return Reconstructed(**record)
+
+    def write(self, number: int, problem: _Problem, record: Reconstructed) -> None:
+        """Leave a block that is finished."""
+        tensors = {str(i): p.data for i, p in enumerate(problem.parameters)}
+        save_artifact(self._path(number), tensors, key=f"{self.key} {problem.part.name}", record=asdict(record))
+
+
+def _fingerprint(
+    stack: BlockStack,
+    settings: Reconstruction,
+    masks: Mapping[str, Tensor],
+    dense: Callable[[], AbstractContextManager[None]],
+) -> str:
+    """Of all that decides the result: weights before and after pruning, masks, the stream that enters, settings."""
+    entries = {f"entry {batch}": stream for batch, stream in enumerate(stack.entries)}
+    parts = [str(replace(settings, folder=None)), content_hash(entries), content_hash(masks)]
+    for context in (dense, nullcontext):
+        with context():
+            parts += [content_hash(block.state_dict()) for block in stack.blocks]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from kfac_prune.curvature.estimate import Factors
 from kfac_prune.data import Windows
 from kfac_prune.linalg import inverse_from_cholesky, shifted
-from kfac_prune.models import Layer, prunable_layers
+from kfac_prune.models import Layer
 from kfac_prune.obs import Pattern, Unstructured, compensate, select
 from kfac_prune.operators import Damping, Kronecker
 from kfac_prune.plan import Plan, PlannedLayer
@@ -127,11 +127,10 @@ def refit(
     """
     damping = damping or Damping()
     with dense():
-        stack = BlockStack(model, layers, windows, batch_size)
+        stack = BlockStack(model, windows, batch_size)
     planned = {layer.name: layer for layer in plan.layers}
-    linear = {layer.name: layer for layer in prunable_layers(model)}
     records: list[Refitted] = []
-    for layer, moments in refit_moments(stack, linear, stack, linear, set(planned), dense=dense, quiet=quiet):
+    for layer, moments in refit_moments(stack, stack, set(planned), dense=dense, quiet=quiet):
         g, _ = damping(factors.layers[layer.name].g, name="G", where=layer.name)
         planned[layer.name], record = _solve(planned[layer.name], layer, moments, g, pattern)
         layer.assign(planned[layer.name].weight, planned[layer.name].bias)
@@ -141,9 +140,7 @@ def refit(
 
 def refit_moments(
     dense_stack: BlockStack,
-    dense_layers: Mapping[str, Layer],
     stack: BlockStack,
-    layers: Mapping[str, Layer],
     wanted: Mapping[str, Tensor] | set[str],
     *,
     dense: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -157,9 +154,7 @@ def refit_moments(
 
     Args:
         dense_stack: blocks of the dense model.
-        dense_layers: all linear layers of the dense model by name.
         stack: blocks of the pruned model; the same object where ``dense`` makes one model the other.
-        layers: all linear layers of the pruned model, under the same names.
         wanted: names of the writers to refit; or a mapping from the names of all layers to refit to the rows of the
             dense layer that the pruned one still has.
         dense: a context in which ``dense_stack`` is dense.
@@ -167,7 +162,7 @@ def refit_moments(
     """
     dense_stream, pruned_stream = list(dense_stack.entries), list(dense_stack.entries)
     for index, block in enumerate(tqdm(stack.names, desc="refit", unit="block", disable=quiet)):
-        inside = [layer for name, layer in dense_layers.items() if name.startswith(f"{block}.")]
+        inside = dense_stack.inside(index)
         with dense():
             writers = find_writers(dense_stack, index, dense_stream[0], inside)
             order, goals, after = dense_pass(dense_stack, index, inside, writers, dense_stream)
@@ -175,7 +170,7 @@ def refit_moments(
             logger.warning(
                 "refit: %s adds to the residual stream what no sum of its layers gives; left as it is", block
             )
-        writers = [replace(writer, layer=layers[writer.layer.name]) for writer in writers]
+        writers = [replace(writer, layer=stack.layers[writer.layer.name]) for writer in writers]
         positions = {writer.layer.name: position for position, writer in enumerate(writers)}
         for name in order:
             if name not in wanted:
@@ -183,13 +178,13 @@ def refit_moments(
             if name in positions:
                 position = positions[name]
                 moments = _moments(stack, index, writers[: position + 1], goals[position], pruned_stream)
-                yield layers[name], moments
+                yield stack.layers[name], moments
             elif isinstance(wanted, Mapping) and writers:
-                sides = (dense_stack, dense_layers[name], dense_stream), (stack, layers[name], pruned_stream)
-                yield layers[name], _reader_moments(index, *sides, wanted[name])
+                sides = (dense_stack, dense_stream), (stack, pruned_stream)
+                yield stack.layers[name], _reader_moments(index, name, *sides, wanted[name])
         dense_stream = after
         with torch.no_grad():
-            pruned_stream = [stack.run(index, batch, stream).cpu() for batch, stream in enumerate(pruned_stream)]
+            pruned_stream = [stack.keep(stack.run(index, batch, stream)) for batch, stream in enumerate(pruned_stream)]
 
 
 def dense_pass(
@@ -199,16 +194,17 @@ def dense_pass(
 
     Returns:
         Names of the layers in the order of execution; the stream after every writer, [writer][batch] of [B, T, d], and
-        after the block, all on CPU.
+        after the block, all on the shelf of the stack.
     """
     goals: list[list[Tensor]] = [[] for _ in writers]
     after = []
     with torch.no_grad(), observed(layers) as seen:
         for batch, stream in enumerate(streams):
-            after.append(stack.run(index, batch, stream).cpu())
+            after.append(stack.keep(stack.run(index, batch, stream)))
             for goal, writer in zip(goals, writers, strict=True):
-                stream = stream + writer.factor * seen[writer.layer.name][1].cpu().reshape(stream.shape)
-                goal.append(stream)
+                written = seen[writer.layer.name][1].to(stream.device)
+                stream = stream + writer.factor * written.reshape(stream.shape)
+                goal.append(stack.keep(stream))
     return list(seen), goals, after
 
 
@@ -231,19 +227,21 @@ def _moments(
 
 def _reader_moments(
     index: int,
-    dense: tuple[BlockStack, Layer, Sequence[Tensor]],
-    pruned: tuple[BlockStack, Layer, Sequence[Tensor]],
+    name: str,
+    dense: tuple[BlockStack, Sequence[Tensor]],
+    pruned: tuple[BlockStack, Sequence[Tensor]],
     rows: Tensor,
 ) -> Moments:
     """Moments over all batches of a layer's input in the pruned model, and of the dense layer's output rows."""
-    (dense_stack, dense_layer, dense_streams), (stack, layer, streams) = dense, pruned
+    (dense_stack, dense_streams), (stack, streams) = dense, pruned
+    dense_layer, layer = dense_stack.layers[name], stack.layers[name]
     moments = Moments.zeros(layer.shape, layer.weight.device)
     with torch.no_grad(), observed([dense_layer]) as wanted, observed([layer]) as seen:
         for batch, (dense_stream, stream) in enumerate(zip(dense_streams, streams, strict=True)):
             dense_stack.run(index, batch, dense_stream, until=dense_layer)
             stack.run(index, batch, stream, until=layer)
-            output = wanted[dense_layer.name][1][..., rows.to(layer.weight.device)]
-            moments.add(*_counted(stack.masks[batch], seen[layer.name][0], output))
+            output = wanted[name][1][..., rows.to(layer.weight.device)]
+            moments.add(*_counted(stack.masks[batch], seen[name][0], output))
     return moments
 
 

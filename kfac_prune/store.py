@@ -1,13 +1,21 @@
-"""Output folders that appear whole or not at all."""
+"""Output folders and artefacts of single stages, which appear whole or not at all."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from kfac_prune.errors import InputError
 
@@ -51,6 +59,12 @@ def check_output(out: str, *, overwrite: bool, need_bytes: int = 0) -> Path:
     return target
 
 
+def work_folder(out: str) -> Path:
+    """Where a run that writes to ``out`` leaves what it has finished, until ``out`` is complete."""
+    target = Path(out).expanduser().resolve()
+    return target.with_name(f"{target.name}.work")
+
+
 @contextmanager
 def new_folder(out: str, *, overwrite: bool) -> Iterator[Path]:
     """A temporary folder beside ``out`` that becomes ``out`` when the block ends well, and vanishes when it fails.
@@ -79,6 +93,56 @@ def new_folder(out: str, *, overwrite: bool) -> Iterator[Path]:
             os.replace(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def save_artifact(path: Path, tensors: Mapping[str, Tensor], *, key: str, record: Mapping[str, Any]) -> None:
+    """Write what a stage has made: tensors and figures, with the key of what they come from and a content hash.
+
+    Args:
+        path: a .safetensors file; its folder is made.
+        tensors: by name.
+        key: says which run and which part of it this is.
+        record: figures that JSON can hold.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"key": key, "record": json.dumps(record), "sha256": content_hash(whole)}
+    partial = path.with_suffix(".partial")
+    save_file(whole, partial, metadata=metadata)
+    os.replace(partial, path)
+
+
+def load_artifact(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """What ``save_artifact`` has written; None if there is no such file.
+
+    Raises:
+        InputError: the file is broken, or has another key.
+    """
+    if not path.exists():
+        return None
+    remedy = "delete it, or run without --resume"
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        found, record, content = metadata["key"], json.loads(metadata["record"]), metadata["sha256"]
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise InputError(f"{path} is broken ({type(error).__name__}: {error}); {remedy}") from error
+    if found != key:
+        raise InputError(f"{path} is from another run: other model, data or options; {remedy}")
+    if content != content_hash(tensors):
+        raise InputError(f"{path} is broken (its content does not have the hash that it states); {remedy}")
+    return tensors, record
+
+
+def content_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _umask() -> int:

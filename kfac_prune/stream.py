@@ -6,17 +6,18 @@ recorded once per batch, so masks, padding and position embeddings are exactly t
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kfac_prune.data import Windows
-from kfac_prune.models import Layer
+from kfac_prune.models import Layer, find_blocks, prunable_layers
 
 
 @dataclass(frozen=True)
@@ -40,27 +41,42 @@ class Writer:
     factor: float
 
 
+#: Where streams wait until their block is due: in the memory of the model's device, in main memory, or in files that
+#: are mapped into memory and read ahead by the operating system (in the folder for temporary files; see TMPDIR).
+Shelf = Literal["device", "cpu", "disk"]
+
+
 class BlockStack:
     """The blocks of a model and the calls that it makes to them.
 
     Args:
         model: in evaluation mode.
-        layers: its prunable layers, by which the stack of blocks is recognised.
         windows: tokens [N, T].
         batch_size: windows per batch.
+        shelf: where streams wait.
+
+    Attributes:
+        device: of the model.
+        layers: all linear layers of the model by name.
+        names: of the blocks.
+        blocks: the modules.
+        masks: per batch [B, T] bool, True = a real token, or None.
+        entries: the stream before the first block, per batch [B, T, d] on the shelf.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: Sequence[Layer], windows: Windows, batch_size: int) -> None:
-        self.names, self.blocks = find_blocks(model, layers)
+    def __init__(self, model: PreTrainedModel, windows: Windows, batch_size: int, shelf: Shelf = "cpu") -> None:
+        self._shelf = shelf
+        self.layers = {layer.name: layer for layer in prunable_layers(model)}
+        self.names, self.blocks = find_blocks(model, self.layers.values())
         self.masks: list[Tensor | None] = []
-        self.entries: list[Tensor] = []  # the stream before the first block, per batch [B, T, d] on CPU
+        self.entries: list[Tensor] = []
         self._calls: list[list[Call]] = []  # [batch][block]
-        self._device = model.device
+        self.device = model.device
         with torch.no_grad():
             for batch in windows.batches(batch_size):
                 mask = None if batch.attention_mask is None else batch.attention_mask.to(model.device)
                 calls: list[Call] = []
-                with self._recorded(calls):
+                with self._recorded(calls), suppress(_Stopped):
                     model(input_ids=batch.input_ids.to(model.device), attention_mask=mask, use_cache=False)
                 self._calls.append(calls)
                 self.masks.append(mask)
@@ -70,8 +86,10 @@ class BlockStack:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             stream = args[0] if args else kwargs["hidden_states"]
             if module is self.blocks[0]:
-                self.entries.append(stream.cpu())
+                self.entries.append(self.keep(stream))
             calls.append(Call(args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
+            if module is self.blocks[-1]:
+                raise _Stopped  # what follows, the head above all, is not needed
 
         handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in self.blocks]
         try:
@@ -79,6 +97,18 @@ class BlockStack:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def keep(self, stream: Tensor) -> Tensor:
+        """The same values where streams wait, in their own dtype."""
+        if self._shelf == "device":
+            return stream
+        if self._shelf == "cpu":
+            return stream.cpu()
+        return _on_disk(stream.cpu())
+
+    def inside(self, block: int) -> list[Layer]:
+        """The linear layers of a block."""
+        return [layer for name, layer in self.layers.items() if name.startswith(f"{self.names[block]}.")]
 
     def run(self, block: int, batch: int, stream: Tensor, *, until: Layer | None = None) -> Tensor:
         """The stream [B, T, d] after a block, on the model's device.
@@ -90,7 +120,7 @@ class BlockStack:
         handle = None if until is None else until.module.register_forward_hook(_stop)
         try:
             output: Tensor | tuple[Tensor, ...]
-            output = self.blocks[block](stream.to(self._device), *call.args, **call.kwargs)
+            output = self.blocks[block](stream.to(self.device), *call.args, **call.kwargs)
         except _Stopped:
             return stream
         finally:
@@ -99,23 +129,19 @@ class BlockStack:
         return output[0] if isinstance(output, tuple) else output
 
 
+def _on_disk(stream: Tensor) -> Tensor:
+    """A copy that is a mapped file, which vanishes with the tensor."""
+    with tempfile.NamedTemporaryFile(prefix="kfac-prune-stream-") as file:
+        copy = torch.from_file(file.name, shared=True, size=stream.numel(), dtype=stream.dtype)
+    return copy.view(stream.shape).copy_(stream)
+
+
 class _Stopped(Exception):
     """Raised by a hook to end a block's forward pass."""
 
 
 def _stop(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
     raise _Stopped
-
-
-def find_blocks(model: nn.Module, layers: Sequence[Layer]) -> tuple[list[str], list[nn.Module]]:
-    """Names and modules of the repeated blocks: the list of modules that holds most of the layers."""
-    best: tuple[int, list[str], list[nn.Module]] = (0, [], [])
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList):
-            count = sum(layer.name.startswith(f"{name}.") for layer in layers)
-            if count > best[0]:
-                best = (count, [f"{name}.{i}" for i in range(len(module))], list(module))
-    return best[1], best[2]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ MAX_LINES = 400
 #: From the bottom up. A name is a module of the package, one of its sub-packages, or the Triton kernels. What stands
 #: in one row does not know its neighbours.
 LAYERS = (
-    ("errors",),
+    ("errors", "ranks"),
     ("config", "linalg", "reference", "data", "store", "pruned_model"),
     ("kernels", "models", "quality"),
     ("backend", "operators", "stream", "export"),

@@ -14,8 +14,8 @@ from transformers import (
 )
 
 from kfac_prune.data import Windows
-from kfac_prune.models import prunable_layers
-from kfac_prune.stream import BlockStack, find_blocks, find_writers
+from kfac_prune.models import find_blocks, prunable_layers
+from kfac_prune.stream import BlockStack, find_writers
 
 SMALL = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 GATED = SMALL | {"intermediate_size": 24, "num_key_value_heads": 1, "max_position_embeddings": 32, "pad_token_id": 0}
@@ -72,8 +72,7 @@ def tokens(padded):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_stream_through_all_blocks_is_the_models_own(family, padded):
     model, windows = build(family), tokens(padded)
-    layers = prunable_layers(model)
-    stack = BlockStack(model, layers, windows, batch_size=2)
+    stack = BlockStack(model, windows, batch_size=2)
     last = []
     handle = stack.blocks[-1].register_forward_hook(lambda m, a, o: last.append(o[0] if isinstance(o, tuple) else o))
     with torch.no_grad():
@@ -93,7 +92,7 @@ def test_the_stream_through_all_blocks_is_the_models_own(family, padded):
 def test_writers_are_found_from_what_the_block_adds(family):
     model = build(family)
     layers = prunable_layers(model)
-    stack = BlockStack(model, layers, tokens(False), batch_size=5)
+    stack = BlockStack(model, tokens(False), batch_size=5)
     names, blocks = find_blocks(model, layers)
     assert len(blocks) == 2
     mine = [layer for layer in layers if layer.name.startswith(f"{names[0]}.")]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,12 +65,14 @@ class FactorCapture:
 
     Attributes:
         layers: to observe.
+        blocks: by name, at whose output, the residual stream, gradients are observed too.
         inputs: per layer name.
-        gradients: per layer name.
+        gradients: per layer or block name.
         token_mask: [B, T] bool, True = counts, or None = all count.
     """
 
     layers: Sequence[Layer]
+    blocks: Mapping[str, nn.Module] = field(default_factory=dict)
     inputs: dict[str, InputMoments] = field(default_factory=dict)
     gradients: dict[str, GradientMoments] = field(default_factory=dict)
     token_mask: Tensor | None = None
@@ -83,6 +86,8 @@ class FactorCapture:
         try:
             for layer in self.layers:
                 handles += self._hook(layer)
+            for name, block in self.blocks.items():
+                handles.append(block.register_forward_hook(self._watch(name)))
             yield self
         finally:
             for handle in handles:
@@ -95,12 +100,18 @@ class FactorCapture:
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             self._see_input(name, args[0])
 
-        def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        return [layer.module.register_forward_pre_hook(before), layer.module.register_forward_hook(self._watch(name))]
+
+    def _watch(self, name: str) -> Callable[..., None]:
+        """A forward hook that makes the backward pass leave the gradients at a module's output."""
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+            output = output[0] if isinstance(output, tuple) else output
             if not output.requires_grad:
-                raise RuntimeError(f"layer {name}: no gradient flows to its output; the model detaches its activations")
+                raise RuntimeError(f"{name}: no gradient flows to its output; the model detaches its activations")
             output.register_hook(lambda gradient: self._see_gradient(name, gradient))
 
-        return [layer.module.register_forward_pre_hook(before), layer.module.register_forward_hook(after)]
+        return after
 
     def _see_input(self, name: str, x: Tensor) -> None:
         owner = None

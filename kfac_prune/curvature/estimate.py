@@ -15,7 +15,7 @@ from kfac_prune.curvature.capture import FactorCapture
 from kfac_prune.curvature.fisher import FisherType, logit_gradient, next_token_labels, sample_labels
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
-from kfac_prune.models import Layer
+from kfac_prune.models import Layer, find_blocks
 from kfac_prune.operators import Curvature, Damping, DampingRecord, Diagonal, Kronecker, ScaledIdentity
 
 #: The hierarchy: H = I, H diagonal, H = I ⊗ A, H = G ⊗ A.
@@ -100,11 +100,13 @@ class Factors:
 
     Attributes:
         layers: per layer name.
+        streams: per block name, E[g gᵀ] [d, d] of the gradients at its output, the residual stream; undamped.
         tokens: calibration tokens that were seen.
         data_sha256: content hash of the calibration windows.
     """
 
     layers: dict[str, LayerFactors]
+    streams: dict[str, Tensor]
     tokens: int
     data_sha256: str
 
@@ -141,7 +143,8 @@ def estimate_factors(
     if windows.tokens == 0:
         raise InputError("the calibration windows hold no token: every position is masked")
     uniforms = torch.rand(windows.input_ids.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    capture = FactorCapture(layers)
+    names, blocks = find_blocks(model, layers)
+    capture = FactorCapture(layers, dict(zip(names, blocks, strict=True)))
     device = model.device
     with _frozen(model), capture.hooked(), tqdm(total=len(windows), desc="curvature", unit="seq", disable=quiet) as bar:
         for batch in windows.batches(batch_size):
@@ -156,8 +159,12 @@ def estimate_factors(
                 labels, counts = next_token_labels(ids, mask)
             logits.backward(logit_gradient(logits, labels, counts))
             bar.update(len(ids))
+    gradients = {name: moments for name, moments in capture.gradients.items() if name in capture.blocks}
     return Factors(
-        {layer.name: _finish(layer, capture) for layer in layers}, tokens=windows.tokens, data_sha256=windows.sha256()
+        {layer.name: _finish(layer, capture) for layer in layers},
+        {name: moments.second / moments.tokens for name, moments in gradients.items()},
+        tokens=windows.tokens,
+        data_sha256=windows.sha256(),
     )
 
 

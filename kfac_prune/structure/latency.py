@@ -154,7 +154,7 @@ def _time_block(model: PreTrainedModel, group: Group, kept: Tensor, length: int)
     columns = group.columns(kept).to(group.consumer.weight.device)
     smaller = shrink(model, [Cut(group, kept, group.consumer.weight[:, columns], group.consumer.bias)])
     window = Windows(torch.zeros(1, length, dtype=torch.int64))
-    stack = BlockStack(smaller, prunable_layers(smaller), window, 1)
+    stack = BlockStack(smaller, window, 1)
     index = next(i for i, name in enumerate(stack.names) if group.name == name or group.name.startswith(f"{name}."))
     stream = stack.entries[0].to(model.device)
     with torch.inference_mode():

@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 from kfac_prune.curvature.estimate import Factors
 from kfac_prune.data import Windows
 from kfac_prune.linalg import shifted
-from kfac_prune.models import Layer, prunable_layers
-from kfac_prune.reconstruction import BATCH, Reconstructed, Reconstruction, metrics, reconstruct
+from kfac_prune.models import Layer
+from kfac_prune.operators import Damping
+from kfac_prune.reconstruction import Reconstructed, Reconstruction, metrics, reconstruct, step_windows
 from kfac_prune.refitting import RIDGE, Moments, refit_moments
-from kfac_prune.stream import BlockStack
+from kfac_prune.stream import BlockStack, Shelf
 
 
 def repair(
@@ -41,10 +42,8 @@ def repair(
         batch_size: windows per pass.
         quiet: show no progress bar.
     """
-    before, after = prunable_layers(dense), prunable_layers(model)
-    stacks = (BlockStack(dense, before, windows, batch_size), BlockStack(model, after, windows, batch_size))
-    by_name = [{layer.name: layer for layer in layers} for layers in (before, after)]
-    for layer, moments in refit_moments(stacks[0], by_name[0], stacks[1], by_name[1], rows, quiet=quiet):
+    stacks = BlockStack(dense, windows, batch_size), BlockStack(model, windows, batch_size)
+    for layer, moments in refit_moments(*stacks, rows, quiet=quiet):
         layer.assign(*_solved(layer, moments))
 
 
@@ -56,6 +55,8 @@ def reconstruct_smaller(
     windows: Windows,
     settings: Reconstruction,
     *,
+    damping: Damping | None = None,
+    shelf: Shelf = "cpu",
     quiet: bool = True,
 ) -> list[Reconstructed]:
     """Reconstruct a smaller model in place (see ``kfac_prune.reconstruction``).
@@ -64,18 +65,18 @@ def reconstruct_smaller(
         dense: the model before.
         model: the smaller one.
         layers: of the dense model, whose smaller forms may change.
-        factors: of the dense model, with G of every layer that writes into the residual stream.
+        factors: of the dense model, for the metric; with unit "sublayer", of every layer that may end one.
         windows: calibration tokens [N, T].
-        settings: epochs, unit, seed.
+        settings: epochs, unit, seed, folder.
+        damping: of the metric; None is ``Damping()``.
+        shelf: where streams wait.
         quiet: show no progress bar.
     """
-    before, after = prunable_layers(dense), prunable_layers(model)
+    size = step_windows(windows)
     return reconstruct(
-        BlockStack(dense, before, windows, BATCH),
-        {layer.name: layer for layer in before},
-        BlockStack(model, after, windows, BATCH),
-        {layer.name: layer for layer in after},
-        metrics(factors),
+        BlockStack(dense, windows, size, shelf),
+        BlockStack(model, windows, size, shelf),
+        metrics(factors, damping or Damping()),
         settings,
         trained={layer.name for layer in layers},
         quiet=quiet,
