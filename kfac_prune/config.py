@@ -15,6 +15,8 @@ from kfac_prune.errors import InputError
 METHODS = ("kfac", "layerwise", "obd", "magnitude")
 #: Added to each curvature factor, as a fraction of its mean diagonal, where the recipe leaves it open.
 DAMPING, STRUCTURED_DAMPING = 0.03, 0.001
+#: Epochs of the reconstruction, where the recipe leaves them open and there are windows enough.
+RECONSTRUCT = 8
 KINDS = ("ffn", "heads")
 #: What each method can allocate by. Only G ⊗ A puts the losses of different layers into one unit.
 ALLOCATIONS = {
@@ -241,7 +243,7 @@ class Recipe:
             sparsity, allocation = 1 - groups[0] / groups[1], "uniform"
         refit = self.method in ("kfac", "layerwise") if self.refit is None else self.refit
         fits = self.structured and refit and self.samples >= 16  # two batches, one of them held out
-        reconstruct = (8 if fits else 0) if self.reconstruct is None else self.reconstruct
+        reconstruct = (RECONSTRUCT if fits else 0) if self.reconstruct is None else self.reconstruct
         damping = (STRUCTURED_DAMPING if self.structured else DAMPING) if self.damping is None else self.damping
         if self.structured:
             open_target = self.target_params is None and self.target_latency is None

@@ -7,7 +7,7 @@ recorded once per batch, so masks, padding and position embeddings are exactly t
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -61,6 +61,7 @@ class BlockStack:
         names: of the blocks.
         blocks: the modules.
         masks: per batch [B, T] bool, True = a real token, or None.
+        outputs: of a block's forward pass: 0 = the stream alone, n = a tuple of n that begins with it.
         entries: the stream before the first block, per batch [B, T, d] on the shelf.
     """
 
@@ -70,6 +71,7 @@ class BlockStack:
         self.names, self.blocks = find_blocks(model, self.layers.values())
         self.masks: list[Tensor | None] = []
         self.entries: list[Tensor] = []
+        self.outputs = 0
         self._calls: list[list[Call]] = []  # [batch][block]
         self.device = model.device
         with torch.no_grad():
@@ -91,7 +93,11 @@ class BlockStack:
             if module is self.blocks[-1]:
                 raise _Stopped  # what follows, the head above all, is not needed
 
+        def look(module: nn.Module, args: tuple[Any, ...], output: Tensor | tuple[Any, ...]) -> None:
+            self.outputs = len(output) if isinstance(output, tuple) else 0
+
         handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in self.blocks]
+        handles += [block.register_forward_hook(look) for block in self.blocks[:1]]
         try:
             yield
         finally:
@@ -134,6 +140,33 @@ def _on_disk(stream: Tensor) -> Tensor:
     with tempfile.NamedTemporaryFile(prefix="kfac-prune-stream-") as file:
         copy = torch.from_file(file.name, shared=True, size=stream.numel(), dtype=stream.dtype)
     return copy.view(stream.shape).copy_(stream)
+
+
+@contextmanager
+def begun_at(stack: BlockStack, block: int, stream: Tensor) -> Iterator[None]:
+    """Within the block the model's forward pass begins at a block, whose input is a stream recorded before.
+
+    The blocks before it cost nothing; embeddings and head run as ever, so the tokens must be those of the stream.
+    """
+
+    def passes(module: nn.Module) -> Callable[..., Any]:
+        forward = module.forward
+
+        def unchanged(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return (hidden_states, *[None] * (stack.outputs - 1)) if stack.outputs else hidden_states
+
+        def begins(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return forward(stream.to(hidden_states.device), *args, **kwargs)
+
+        return begins if module is stack.blocks[block] else unchanged
+
+    for module in stack.blocks[: block + 1]:
+        module.forward = passes(module)
+    try:
+        yield
+    finally:
+        for module in stack.blocks[: block + 1]:
+            del module.forward
 
 
 class _Stopped(Exception):

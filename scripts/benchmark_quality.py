@@ -1,10 +1,12 @@
 """Quality on the reference models: increase of test loss, KL and prediction, per method and level.
 
 The protocol is that of the reference folder: T = min(context, 256); calibration on 128 windows at seeded random starts
-of the training text; test on the first 200 consecutive windows of the test text. Every cell is one JSON line with
-commit, device and versions; the table in README.md is written from those lines.
+of the training text (SmolLM2: 64); test on the first 200 consecutive windows of the test text (SmolLM2: 100). Every
+method is measured in one shot and with the same reconstruction, K-FAC also with the closed-form refit. Every cell is
+one JSON line with commit, device and versions; the table in README.md is written from those lines.
 
     python scripts/benchmark_quality.py --models wikitext2-llama babyllama-tok361 --out benchmarks/quality.jsonl
+    python scripts/benchmark_quality.py --models smollm2-135m --larger FOLDER --missing   # only cells not yet there
     python scripts/benchmark_quality.py --table --out benchmarks/quality.jsonl      # only rewrite README's table
 """
 
@@ -12,43 +14,68 @@ import argparse
 import json
 import subprocess
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils import logging
 
-from kfac_prune.config import parse_pattern
-from kfac_prune.curvature.estimate import estimate_factors
+from kfac_prune.allocate import LossCurve
+from kfac_prune.config import RECONSTRUCT, parse_pattern
+from kfac_prune.curvature.estimate import Factors, estimate_factors
 from kfac_prune.data import Windows, consecutive_windows, read_documents, sample_windows, token_stream
-from kfac_prune.models import WeightSwap, context_length, load_model, load_tokenizer, prunable_layers
+from kfac_prune.models import context_length, load_model, load_tokenizer, prunable_layers
 from kfac_prune.obs import NM
-from kfac_prune.plan import Probe, loss_curves, make_plan, prune
+from kfac_prune.operators import Damping
+from kfac_prune.plan import Plan, Probe, loss_curves, make_plan, prune
 from kfac_prune.quality import Quality, evaluate
+from kfac_prune.reconstruction import Reconstruction, metrics, reconstruct, step_windows
 from kfac_prune.refitting import refit
 from kfac_prune.report import peak_memory_bytes, versions
+from kfac_prune.stream import BlockStack
 
 ROOT = Path(__file__).resolve().parents[1]
-#: model -> training text, test text, separator of the training text's documents, levels
-MODELS: dict[str, tuple[str, str, str | None, tuple[str, ...]]] = {
-    "wikitext2-llama": ("wikitext2_train.txt", "wikitext2_test.txt", None, ("50%", "60%", "70%", "80%", "2:4", "4:8")),
-    "babyllama-tok361": (
-        "tinystories_train.txt",
-        "tinystories_test.json",
-        "\n\n",
-        ("50%", "60%", "70%", "80%", "2:4", "4:8"),
-    ),
-    "stories260K": ("tinystories_train.txt", "tinystories_test.json", "\n\n", ("50%", "60%", "70%", "2:4", "4:8")),
-    "chargpt-shakespeare-gpt2": ("shakespeare_train.txt", "shakespeare_test.txt", None, ("50%", "70%", "2:4")),
+WIKITEXT, STORIES = ("wikitext2_train.txt", "wikitext2_test.txt"), ("tinystories_train.txt", "tinystories_test.json")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, its texts and its protocol.
+
+    Attributes:
+        texts: to calibrate and to test on.
+        levels: sparsities and patterns.
+        separator: of the training text's documents.
+        samples: calibration windows.
+        test_windows: to measure on.
+        larger: it lies in the folder of --larger.
+    """
+
+    texts: tuple[str, str]
+    levels: tuple[str, ...]
+    separator: str | None = None
+    samples: int = 128
+    test_windows: int = 200
+    larger: bool = False
+
+
+ALL_LEVELS = ("50%", "60%", "70%", "80%", "2:4", "4:8")
+MODELS = {
+    "wikitext2-llama": Subject(WIKITEXT, ALL_LEVELS),
+    "babyllama-tok361": Subject(STORIES, ALL_LEVELS, "\n\n"),
+    "stories260K": Subject(STORIES, ("50%", "60%", "70%", "2:4", "4:8"), "\n\n"),
+    "chargpt-shakespeare-gpt2": Subject(("shakespeare_train.txt", "shakespeare_test.txt"), ("50%", "70%", "2:4")),
+    "smollm2-135m": Subject(WIKITEXT, ("50%", "70%", "2:4"), samples=64, test_windows=100, larger=True),
 }
 METHODS = {"magnitude": "uniform", "layerwise": "uniform", "kfac": "curves"}
-LABELS = {
-    "magnitude": "magnitude",
-    "layerwise": "layer-wise (G = I)",
-    "kfac": "K-FAC",
-    "kfac+refit": "**K-FAC + refit (default)**",
-}
-SAMPLES, TEST_WINDOWS = 128, 200
+NAMES = {"magnitude": "magnitude", "layerwise": "layer-wise (G = I)", "kfac": "K-FAC"}
+#: What follows the one-shot solution, in the order of the table.
+REPAIRS = ("none", "refit", "reconstruction")
+#: Of the reconstruction, as the command line's default.
+EPOCHS = RECONSTRUCT
 BEGIN, END = "<!-- quality table: begin -->", "<!-- quality table: end -->"
 
 
@@ -57,111 +84,181 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, default=ROOT.parent / "shared" / "reference",
                         help="folder with models/ and text/; default: %(default)s")  # fmt: skip
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
+    parser.add_argument("--larger", type=Path, help="folder with smollm2-135m; needed for it only")
+    small = [name for name, subject in MODELS.items() if not subject.larger]
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=small, help="default: the four small ones")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
+    parser.add_argument("--repairs", nargs="+", choices=REPAIRS, default=REPAIRS, help="default: all")
     parser.add_argument("--levels", nargs="+", help="such as 50%% 2:4; default: each model's")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "quality.jsonl",
                         help="JSON lines; cells that are run again are replaced; default: %(default)s")  # fmt: skip
+    parser.add_argument("--missing", action="store_true", help="leave out cells that --out has")
     parser.add_argument("--table", action="store_true", help="run nothing, only write the table into README.md")
     arguments = parser.parse_args()
-    rows = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
     if not arguments.table:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         for name in arguments.models:
-            for row in run_model(name, arguments.reference, arguments.levels or MODELS[name][3]):
-                cell = {k: row[k] for k in ("model", "method", "level")}
-                rows = [old for old in rows if any(old[k] != cell[k] for k in cell)] + [row]
-                arguments.out.parent.mkdir(parents=True, exist_ok=True)
-                arguments.out.write_text("".join(json.dumps(r) + "\n" for r in rows))
-                print(
-                    f"{row['model']:25} {row['method']:11} {row['level']:>4}  d {row['d']:.4f}  KL {row['kl']:.4f}  "
-                    f"predicted {row['kl_predicted']:.4f}  {row['seconds']:.1f} s",
-                    flush=True,
-                )
-    write_table(rows, ROOT / "README.md")
+            benchmark = Benchmark(name, arguments)
+            for method in arguments.methods:
+                for level in arguments.levels or MODELS[name].levels:
+                    benchmark.run(method, level)
+    write_table(read_rows(arguments.out), ROOT / "README.md")
 
 
-def windows(name: str, reference: Path, length: int) -> tuple[Windows, Windows]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The cells so far."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def windows(tokenizer: Any, subject: Subject, reference: Path, length: int) -> tuple[Windows, Windows]:
     """Calibration and test windows of a reference model."""
-    train, test, separator, _ = MODELS[name]
-    tokenizer = load_tokenizer(str(reference / "models" / name))
-    stream = token_stream(tokenizer, read_documents(str(reference / "text" / train), separator=separator))
-    held_out = token_stream(tokenizer, read_documents(str(reference / "text" / test)))
-    return sample_windows(stream, SAMPLES, length, seed=0), consecutive_windows(held_out, TEST_WINDOWS, length)
+    train, test = (str(reference / "text" / text) for text in subject.texts)
+    stream = token_stream(tokenizer, read_documents(train, separator=subject.separator))
+    held_out = token_stream(tokenizer, read_documents(test))
+    calibration = sample_windows(stream, subject.samples, length, seed=0)
+    return calibration, consecutive_windows(held_out, subject.test_windows, length)
 
 
-def run_model(name: str, reference: Path, levels: tuple[str, ...]) -> Any:
-    """Yield one row per method and level."""
-    model = load_model(str(reference / "models" / name), dtype="float32")
-    calibration, test = windows(name, reference, min(context_length(model) or 256, 256))
-    layers = prunable_layers(model)
-    start = time.perf_counter()
-    factors = estimate_factors(model, layers, calibration, batch_size=16)
-    curvature_seconds = time.perf_counter() - start
-    curves = loss_curves(layers, factors)
-    curve_seconds = time.perf_counter() - start - curvature_seconds
-    dense = evaluate(model, test)
-    for method, allocation in METHODS.items():
-        for level in levels:
-            groups = None if level.endswith("%") else parse_pattern(level)
-            pattern = NM(*groups) if groups else None
-            start = time.perf_counter()
-            plan = make_plan(
-                layers,
-                factors,
-                sparsity=0.0 if groups else float(level[:-1]) / 100,
-                pattern=pattern,
-                method=method,  # type: ignore[arg-type]
-                allocation=allocation,
-                curves=curves,
-                probe=Probe.on(model, calibration, 16) if method == "kfac" else None,
-            )
-            swap = prune(layers, plan)
-            row = {
-                "model": name,
-                "method": method,
-                "level": level,
-                "allocation": plan.allocation,
-                "sparsity": plan.sparsity,
-                "dense_loss": dense.loss,
-                "kl_predicted": plan.predicted,
-                "seconds_curvature": curvature_seconds,
-                "seconds_curves": curve_seconds,
-                "device": model.device.type,
-                "threads": torch.get_num_threads(),
-                "commit": commit(),
-                "versions": versions(),
-            }
-            yield row | measured(model, test, dense, swap, time.perf_counter() - start)
-            if method == "kfac":
-                start = time.perf_counter()
-                refit(model, layers, plan, factors, calibration, swap.swapped_in, pattern=pattern, batch_size=16)
-                yield row | {"method": "kfac+refit"} | measured(model, test, dense, swap, time.perf_counter() - start)
-            swap.restore()
+class Benchmark:
+    """One model with all that its cells share, computed when first needed.
+
+    Args:
+        name: of the model.
+        arguments: of the command line.
+    """
+
+    def __init__(self, name: str, arguments: argparse.Namespace) -> None:
+        self.name, self.arguments, subject = name, arguments, MODELS[name]
+        if subject.larger and arguments.larger is None:
+            raise SystemExit(f"{name} is not among the reference models: name the folder that holds it with --larger")
+        folder = arguments.larger if subject.larger else arguments.reference / "models"
+        self.model = load_model(str(folder / name), dtype="float32")
+        tokenizer, length = load_tokenizer(str(folder / name)), min(context_length(self.model) or 256, 256)
+        self.calibration, self.test = windows(tokenizer, subject, arguments.reference, length)
+        self.layers = prunable_layers(self.model)
+        self.batch = 4 if subject.larger else 16
+        self.seconds: dict[str, float] = {}
+
+    def timed(self, name: str, make: Callable[[], Any]) -> Any:
+        """The result of ``make``, whose seconds go into every row."""
+        start = time.perf_counter()
+        result = make()
+        self.seconds[name] = time.perf_counter() - start
+        return result
+
+    @cached_property
+    def factors(self) -> Factors:
+        """Curvature of all layers."""
+        return self.timed(
+            "curvature", lambda: estimate_factors(self.model, self.layers, self.calibration, batch_size=self.batch)
+        )
+
+    @cached_property
+    def curves(self) -> dict[str, LossCurve]:
+        """Loss curves of all layers."""
+        factors = self.factors
+        return self.timed("curves", lambda: loss_curves(self.layers, factors))
+
+    @cached_property
+    def dense(self) -> Quality:
+        """Of the dense model."""
+        return evaluate(self.model, self.test, batch_size=self.batch)
+
+    def run(self, method: str, level: str) -> None:
+        """The cells of one method at one level: one shot, then each repair from there."""
+        rows = read_rows(self.arguments.out)
+        done = {(r["model"], r["method"], r["level"]) for r in rows} if self.arguments.missing else set()
+        wanted = [r for r in self.arguments.repairs if r != "refit" or method == "kfac"]
+        wanted = [r for r in wanted if (self.name, cell_name(method, r), level) not in done]
+        if not wanted:
+            return
+        groups = None if level.endswith("%") else parse_pattern(level)
+        pattern = NM(*groups) if groups else None
+        probed = method == "kfac" and (groups is None or not MODELS[self.name].larger)  # else it decides nothing
+        plan = self.timed("plan", lambda: make_plan(
+            self.layers,
+            self.factors,
+            sparsity=0.0 if groups else float(level[:-1]) / 100,
+            pattern=pattern,
+            method=method,  # type: ignore[arg-type]
+            allocation=METHODS[method],
+            curves=self.curves if METHODS[method] == "curves" and groups is None else None,
+            probe=Probe.on(self.model, self.calibration, self.batch) if probed else None,
+        ))  # fmt: skip
+        swap = prune(self.layers, plan)
+        masks = {layer.name: layer.mask for layer in plan.layers}
+        pruned = [(layer, layer.weight, layer.bias) for layer in self.layers]
+        for repair in wanted:
+            for layer, weight, bias in pruned:
+                layer.assign(weight, bias)
+            self.seconds.pop("repair", None)
+            if repair == "refit":
+                self.timed("repair", lambda: refit(
+                    self.model, self.layers, plan, self.factors, self.calibration, swap.swapped_in, pattern=pattern,
+                    batch_size=self.batch,
+                ))  # fmt: skip
+            elif repair == "reconstruction":
+                with swap.swapped_in():
+                    stack = BlockStack(self.model, self.calibration, step_windows(self.calibration))
+                self.timed("repair", lambda stack=stack: reconstruct(
+                    stack, stack, metrics(self.factors, Damping()), Reconstruction(EPOCHS), trained=masks, masks=masks,
+                    dense=swap.swapped_in,
+                ))  # fmt: skip
+            self.write(cell_name(method, repair), level, plan, evaluate(
+                self.model, self.test, dense=swap.swapped_in, batch_size=self.batch
+            ))  # fmt: skip
+        swap.restore()
+
+    def write(self, method: str, level: str, plan: Plan, quality: Quality) -> None:
+        """Add a cell to the file, or replace it there."""
+        row = {
+            "model": self.name,
+            "method": method,
+            "level": level,
+            "allocation": plan.allocation,
+            "sparsity": plan.sparsity,
+            "dense_loss": self.dense.loss,
+            "d": quality.loss - self.dense.loss,
+            "kl": quality.kl,
+            "kl_predicted": plan.predicted,
+            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+            "peak_memory_bytes": peak_memory_bytes(),
+            "device": self.model.device.type,
+            "threads": torch.get_num_threads(),
+            "commit": commit(),
+            "versions": versions(),
+        }
+        rows = read_rows(self.arguments.out)
+        rows = [old for old in rows if any(old[k] != row[k] for k in ("model", "method", "level"))] + [row]
+        self.arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        self.arguments.out.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        print(
+            f"{self.name:25} {method:24} {level:>4}  d {row['d']:.4f}  KL {quality.kl:.4f}  predicted "
+            f"{plan.predicted:.4f}  {row['seconds']}",
+            flush=True,
+        )
 
 
-def measured(model: Any, test: Windows, dense: Quality, swap: WeightSwap, seconds: float) -> dict[str, Any]:
-    """The measured part of a row; ``seconds`` is what the last step took."""
-    quality = evaluate(model, test, dense=swap.swapped_in)
-    return {
-        "d": quality.loss - dense.loss,
-        "kl": quality.kl,
-        "seconds": seconds,
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
+def cell_name(method: str, repair: str) -> str:
+    """The name of a method in the rows."""
+    return method if repair == "none" else f"{method}+{repair}"
 
 
 def write_table(rows: list[dict[str, Any]], readme: Path) -> None:
     """Replace the table between the two markers of README.md."""
-    levels = ("50%", "60%", "70%", "80%", "2:4", "4:8")
-    lines = ["| model | method | " + " | ".join(levels) + " |", "|---|---|" + "---|" * len(levels)]
+    lines = ["| model | method | " + " | ".join(ALL_LEVELS) + " |", "|---|---|" + "---|" * len(ALL_LEVELS)]
     cells = {(r["model"], r["method"], r["level"]): r for r in rows}
     for model in MODELS:
-        for method, label in LABELS.items():
-            found = [cells.get((model, method, level)) for level in levels]
-            if any(found):
-                figures = (f"{r['d']:.4f}" if r and r["d"] < 0.1 else f"{r['d']:.3f}" if r else "–" for r in found)
-                lines.append(f"| {model} | {label} | " + " | ".join(figures) + " |")
+        for repair in REPAIRS:
+            for method in METHODS:
+                found = [cells.get((model, cell_name(method, repair), level)) for level in ALL_LEVELS]
+                if any(found):
+                    figures = (f"{r['d']:.4f}" if r and r["d"] < 0.1 else f"{r['d']:.3f}" if r else "–" for r in found)
+                    label = NAMES[method] + ("" if repair == "none" else f" + {repair}")
+                    if (method, repair) == ("kfac", "reconstruction"):
+                        label = f"**{label} (default)**"
+                    lines.append(f"| {model} | {label} | " + " | ".join(figures) + " |")
     replace_between(readme, BEGIN, END, "\n".join(lines))
 
 

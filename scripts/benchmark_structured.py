@@ -19,9 +19,10 @@ from benchmark_quality import MODELS, ROOT, commit, replace_between, windows
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
+from kfac_prune.config import RECONSTRUCT
 from kfac_prune.curvature.estimate import estimate_factors
 from kfac_prune.errors import InputError
-from kfac_prune.models import context_length, load_model, prunable_layers
+from kfac_prune.models import context_length, load_model, load_tokenizer, prunable_layers
 from kfac_prune.quality import evaluate
 from kfac_prune.reconstruction import Reconstruction
 from kfac_prune.report import peak_memory_bytes, versions
@@ -46,8 +47,7 @@ LABELS = {
     "kfac+refit": "K-FAC + refit, shots",
     "kfac+reconstruction": "**K-FAC + refit, shots + reconstruction (default)**",
 }
-#: Of the reconstruction, as the command line's default.
-EPOCHS = 8
+SMALL = [name for name, subject in MODELS.items() if not subject.larger]
 SPEED_MODEL = "random Llama, 8 blocks of width 1024"
 BEGIN, END = "<!-- structured table: begin -->", "<!-- structured table: end -->"
 
@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, default=ROOT.parent / "shared" / "reference",
                         help="folder with models/ and text/; default: %(default)s")  # fmt: skip
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
+    parser.add_argument("--models", nargs="+", choices=SMALL, default=SMALL, help="default: all")
     parser.add_argument("--levels", nargs="+", type=int, default=LEVELS, help="percent removed; default: %(default)s")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "structured.jsonl",
@@ -92,7 +92,8 @@ def run_model(name: str, arguments: argparse.Namespace) -> Any:
     """Yield one row per level and method."""
     model = load_model(str(arguments.reference / "models" / name), dtype="float32")
     length = min(context_length(model) or 256, 256)
-    calibration, test = windows(name, arguments.reference, length)
+    tokenizer = load_tokenizer(str(arguments.reference / "models" / name))
+    calibration, test = windows(tokenizer, MODELS[name], arguments.reference, length)
     layers = prunable_layers(model)
     kinds: Any = ("ffn", "heads") if find_heads(model, layers) else ("ffn",)
     consumers = [group.consumer for group in find_groups(model, layers, kinds)]
@@ -142,7 +143,7 @@ def run_model(name: str, arguments: argparse.Namespace) -> Any:
                 continue
             yield row(method, percent, best, others, time.perf_counter() - start)
             if method == "kfac+refit":
-                reconstruct_smaller(model, best.model, layers, factors, calibration, Reconstruction(EPOCHS))
+                reconstruct_smaller(model, best.model, layers, factors, calibration, Reconstruction(RECONSTRUCT))
                 yield row("kfac+reconstruction", percent, best, others, time.perf_counter() - start)
 
 
@@ -194,7 +195,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Loss increase per model, method and level."""
     lines = ["| model | method | " + " | ".join(f"{p}%" for p in LEVELS) + " |", "|---|---|" + "---|" * len(LEVELS)]
     cells = {(r["model"], r["method"], r["percent"]): r for r in rows}
-    for model in MODELS:
+    for model in SMALL:
         for method, label in LABELS.items():
             found = [cells.get((model, method, percent)) for percent in LEVELS]
             if any(found):
