@@ -120,14 +120,15 @@ class Recipe:
     )
     refit: bool | None = _option(
         None,
-        "after pruning, refit the layers that write into the residual stream to what the dense model has there, masks "
-        "chosen anew; default: on for kfac and layerwise, off for obd and magnitude",
+        "after pruning, refit layers in closed form to what the dense model has in its residual stream, masks chosen "
+        "anew; faster than --reconstruct and less good; default: with --structured on for kfac and layerwise, else "
+        "where they are not reconstructed",
     )
     reconstruct: int | None = _option(
         None,
         "epochs over the calibration windows in which the weights left in each block learn to bring its output back to "
-        "the dense model's, one block at a time; 0 = off; default: 8 with --structured where refit is on and "
-        "there are 16 windows or more, else 0",
+        "the dense model's, one block at a time; 0 = off; default: 8 for kfac and layerwise from 16 windows on, unless "
+        "--refit (with --structured: --no-refit) says otherwise; else 0",
     )
     reconstruct_unit: str = _option(
         "block",
@@ -241,9 +242,12 @@ class Recipe:
         allocation: str | None = self.allocation or ALLOCATIONS[self.method][0]
         if groups:
             sparsity, allocation = 1 - groups[0] / groups[1], "uniform"
-        refit = self.method in ("kfac", "layerwise") if self.refit is None else self.refit
-        fits = self.structured and refit and self.samples >= 16  # two batches, one of them held out
-        reconstruct = (RECONSTRUCT if fits else 0) if self.reconstruct is None else self.reconstruct
+        repairs, reconstruct, refit = self.method in ("kfac", "layerwise"), self.reconstruct, self.refit
+        if reconstruct is None:  # of sparse models it takes the place of the refit
+            wanted = repairs and (refit is not False if self.structured else not refit)
+            reconstruct = RECONSTRUCT if wanted and self.samples >= 16 else 0
+        if refit is None:
+            refit = repairs and bool(self.structured or not reconstruct)
         damping = (STRUCTURED_DAMPING if self.structured else DAMPING) if self.damping is None else self.damping
         if self.structured:
             open_target = self.target_params is None and self.target_latency is None

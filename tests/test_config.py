@@ -15,11 +15,12 @@ from kfac_prune.errors import InputError
 
 PATHS = {"model": "m", "data": "d", "out": "o"}
 FIELDS = [f.name for f in dataclasses.fields(Recipe)]
-TEXTS = ("model", "data", "out", "text_field", "pattern", "method", "fisher", "device", "dtype", "reconstruct_unit")
+TEXTS = ("model", "data", "out", "text_field", "pattern", "method", "fisher", "device", "dtype")
+TEXTS += ("reconstruct_unit", "streams")
 OPTIONAL_TEXTS = ("eval_data", "separator", "allocation", "structured", "widths")
 COUNTS = ("samples", "eval_samples", "seqlen", "batch_size", "seed")
 LISTS = ("include", "ignore")
-SWITCHES = ("overwrite", "trust_remote_code")
+SWITCHES = ("overwrite", "resume", "trust_remote_code")
 OPTIONAL_SWITCHES = ("refit",)
 OPTIONAL_COUNTS = ("target_params", "multiple", "shots", "reconstruct")
 OPTIONAL_NUMBERS = ("sparsity", "damping", "target_latency")
@@ -245,8 +246,8 @@ def test_pattern_allows_only_uniform_allocation(allocation):
 )
 def test_resolved_fills_in_what_was_left_open_only(fields, sparsity, allocation):
     made = recipe(**fields)
-    refit = made.method in ("kfac", "layerwise")  # the methods that compensate
-    filled = {"sparsity": sparsity, "allocation": allocation, "refit": refit, "reconstruct": 0, "damping": 0.03}
+    epochs = 8 if made.method in ("kfac", "layerwise") else 0  # the methods that compensate
+    filled = {"sparsity": sparsity, "allocation": allocation, "refit": False, "reconstruct": epochs, "damping": 0.03}
     assert made.resolved() == dataclasses.replace(made, **filled)
     assert made.resolved().resolved() == made.resolved()
 
@@ -318,13 +319,34 @@ def test_only_one_target(names):
         recipe(structured="ffn", **{name: TARGETS[name] for name in names})
 
 
-def test_reconstruct_is_on_for_smaller_models_only():
-    assert recipe().resolved().reconstruct == 0
-    assert recipe(structured="ffn").resolved().reconstruct == 8
-    assert recipe(structured="ffn", samples=15).resolved().reconstruct == 0
-    assert recipe(structured="ffn", method="magnitude").resolved().reconstruct == 0
-    assert recipe(structured="ffn", reconstruct=0).resolved().reconstruct == 0
-    assert recipe(reconstruct=3).resolved().reconstruct == 3
+@pytest.mark.parametrize(
+    ("fields", "refit", "epochs"),
+    [
+        ({}, False, 8),
+        ({"samples": 15}, True, 0),
+        ({"refit": True}, True, 0),
+        ({"refit": True, "reconstruct": 3}, True, 3),
+        ({"reconstruct": 0}, True, 0),
+        ({"reconstruct": 0, "refit": False}, False, 0),
+        ({"method": "magnitude"}, False, 0),
+        ({"method": "magnitude", "reconstruct": 3}, False, 3),
+        ({"structured": "ffn"}, True, 8),
+        ({"structured": "ffn", "samples": 15}, True, 0),
+        ({"structured": "ffn", "refit": False}, False, 0),
+        ({"structured": "ffn", "reconstruct": 0}, True, 0),
+        ({"structured": "ffn", "method": "magnitude"}, False, 0),
+    ],
+    ids=str,
+)
+def test_sparse_models_are_refitted_or_reconstructed_and_smaller_ones_both(fields, refit, epochs):
+    made = recipe(**fields).resolved()
+    assert (made.refit, made.reconstruct) == (refit, epochs)
+    assert made.resolved() == made
+
+
+def test_reconstruct_needs_windows_to_hold_out():
+    with pytest.raises(InputError, match=r"^reconstruct holds a tenth of the windows out and needs at least 10"):
+        recipe(reconstruct=1, samples=9)
     with pytest.raises(InputError, match=r"^reconstruct is -1; it must be at least 0$"):
         recipe(reconstruct=-1)
 
