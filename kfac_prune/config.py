@@ -12,7 +12,9 @@ import yaml
 
 from kfac_prune.errors import InputError
 
-METHODS = ("kfac", "layerwise", "obd", "magnitude")
+METHODS = ("kfac", "layerwise", "obd", "magnitude", "sparsegpt", "wanda")
+#: Those that prune single weights only.
+BASELINES = ("sparsegpt", "wanda")
 #: Added to each curvature factor, as a fraction of its mean diagonal, where the recipe leaves it open.
 DAMPING, STRUCTURED_DAMPING = 0.03, 0.001
 KINDS = ("ffn", "heads")
@@ -22,6 +24,8 @@ ALLOCATIONS = {
     "layerwise": ("uniform",),
     "obd": ("uniform", "global"),
     "magnitude": ("uniform", "global"),
+    "sparsegpt": ("uniform",),
+    "wanda": ("uniform",),
 }
 
 
@@ -107,7 +111,8 @@ class Recipe:
     )
     method: str = _option(
         "kfac",
-        "curvature: kfac = G x A (Optimal Brain Surgeon), layerwise = I x A, obd = its diagonal, magnitude = I",
+        "curvature: kfac = G x A (Optimal Brain Surgeon), layerwise = I x A, obd = its diagonal, magnitude = I; "
+        "or sparsegpt, wanda, as in their papers, to compare with",
         choices=METHODS,
     )
     allocation: str | None = _option(
@@ -119,7 +124,7 @@ class Recipe:
     refit: bool | None = _option(
         None,
         "after pruning, refit the layers that write into the residual stream to what the dense model has there, masks "
-        "chosen anew; default: on for kfac and layerwise, off for obd and magnitude",
+        "chosen anew; default: on for kfac and layerwise, off for the others",
     )
     reconstruct: int | None = _option(
         None,
@@ -205,6 +210,9 @@ class Recipe:
         kinds = self.kinds
         if not kinds or len(set(kinds)) < len(kinds) or not set(kinds) <= set(KINDS):
             raise InputError(f"structured is {self.structured!r}; it must be 'ffn', 'heads' or 'ffn,heads'")
+        if self.method in BASELINES:
+            others = " or ".join(m for m in METHODS if m not in BASELINES)
+            raise InputError(f"method {self.method} prunes single weights, structured removes units; use {others}")
         if self.pattern != "unstructured" or self.allocation is not None:
             name = "pattern" if self.pattern != "unstructured" else "allocation"
             raise InputError(

@@ -41,9 +41,17 @@ MODELS: dict[str, tuple[str, str, str | None, tuple[str, ...]]] = {
     "stories260K": ("tinystories_train.txt", "tinystories_test.json", "\n\n", ("50%", "60%", "70%", "2:4", "4:8")),
     "chargpt-shakespeare-gpt2": ("shakespeare_train.txt", "shakespeare_test.txt", None, ("50%", "70%", "2:4")),
 }
-METHODS = {"magnitude": "uniform", "layerwise": "uniform", "kfac": "curves"}
+METHODS = {
+    "magnitude": "uniform",
+    "wanda": "uniform",
+    "sparsegpt": "uniform",
+    "layerwise": "uniform",
+    "kfac": "curves",
+}
 LABELS = {
     "magnitude": "magnitude",
+    "wanda": "Wanda",
+    "sparsegpt": "SparseGPT",
     "layerwise": "layer-wise (G = I)",
     "kfac": "K-FAC",
     "kfac+refit": "**K-FAC + refit (default)**",

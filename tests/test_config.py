@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kfac_prune.config import ALLOCATIONS, METHODS, Recipe, parse_pattern, read_recipe
+from kfac_prune.config import ALLOCATIONS, BASELINES, METHODS, Recipe, parse_pattern, read_recipe
 from kfac_prune.errors import InputError
 
 PATHS = {"model": "m", "data": "d", "out": "o"}
@@ -307,6 +307,14 @@ def test_options_of_structured_pruning_need_it(name, value):
 def test_options_of_sparse_weights_are_refused(fields, named):
     with pytest.raises(InputError, match=f"^{named} is for sparse weights, structured removes whole units; drop one"):
         recipe(structured="ffn", **fields)
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_methods_for_single_weights_remove_no_units(method):
+    with pytest.raises(
+        InputError, match=rf"^method {method} prunes single weights, .*; use kfac or layerwise or obd or"
+    ):
+        recipe(structured="ffn", method=method)
 
 
 TARGETS = {"sparsity": 0.3, "target_params": 1000, "target_latency": 2.5}

@@ -6,6 +6,7 @@ from kfac_prune.curvature.estimate import estimate_factors
 from kfac_prune.errors import InputError
 from kfac_prune.models import prunable_layers
 from kfac_prune.obs import NM
+from kfac_prune.operators import Damping, quadratic_loss
 from kfac_prune.plan import Probe, loss_curves, make_plan, prune
 from kfac_prune.quality import evaluate
 
@@ -117,3 +118,26 @@ def test_an_unknown_rule_is_refused(problem):
     _, _, layers, factors = problem
     with pytest.raises(InputError, match="random"):
         make_plan(layers, factors, allocation="random")
+
+
+@pytest.mark.parametrize("method", ["layerwise", "sparsegpt", "wanda"])
+def test_losses_that_do_not_compare_are_not_allocated_by(problem, method):
+    _, _, layers, factors = problem
+    for allocation in ("curves", "global"):
+        with pytest.raises(InputError, match=f"method {method} cannot allocate by '{allocation}'; choose uniform"):
+            make_plan(layers, factors, method=method, allocation=allocation)
+
+
+@pytest.mark.parametrize("pattern", [None, NM(2, 4)], ids=str)
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
+def test_methods_of_the_field_are_planned_like_the_others(problem, method, pattern):
+    _, _, layers, factors = problem
+    kfac, plan = (make_plan(layers, factors, pattern=pattern, method=m, allocation="uniform") for m in ("kfac", method))
+    assert plan.sparsity == pytest.approx(0.5)
+    for layer, best, planned in zip(layers, kfac.layers, plan.layers, strict=True):
+        statistics = factors.layers[layer.name]
+        fisher, _ = statistics.operator("kfac", Damping(), where=layer.name)
+        assert planned.predicted == pytest.approx(quadratic_loss(fisher, planned.weight - layer.weight))
+        assert planned.predicted > best.predicted
+        assert planned.kkt is None
+        assert torch.equal(planned.weight != 0, planned.mask)
