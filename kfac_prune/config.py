@@ -76,7 +76,9 @@ class Recipe:
     seqlen: int = _option(256, "tokens per window, at most the model's context length")
     batch_size: int = _option(4, "windows per forward pass")
     sparsity: float | None = _option(
-        None, "fraction of the prunable weights to remove, in [0, 1); default: 0.5, or what an n:m pattern implies"
+        None,
+        "fraction of the prunable weights to remove, in [0, 1); less than an n:m pattern removes leaves some layers "
+        "dense, which the predicted losses choose; default: 0.5, or all that an n:m pattern removes",
     )
     pattern: str = _option(
         "unstructured", "'unstructured', or n:m = keep n of every m consecutive weights in a row, e.g. 2:4"
@@ -182,22 +184,44 @@ class Recipe:
             raise InputError(f"sparsity is {self.sparsity}; it must be at least 0 and below 1")
         if self.damping is not None and not 0 < self.damping <= 1:
             raise InputError(f"damping is {self.damping}; it must be above 0 and at most 1")
-        groups = parse_pattern(self.pattern)
-        if groups and self.sparsity is not None and abs(self.sparsity - (1 - groups[0] / groups[1])) > 1e-6:
-            raise InputError(
-                f"pattern {self.pattern} removes {1 - groups[0] / groups[1]:.4g} of the weights, but sparsity is "
-                f"{self.sparsity}; leave sparsity out"
-            )
-        if self.allocation is not None:
-            if self.allocation not in ALLOCATIONS[self.method]:
-                raise InputError(
-                    f"allocation {self.allocation} needs losses that compare across layers, which method {self.method} "
-                    f"does not give; use {' or '.join(ALLOCATIONS[self.method])}"
-                )
-            if groups and self.allocation != "uniform":
-                raise InputError(f"pattern {self.pattern} fixes every layer's sparsity; allocation can only be uniform")
-
+        self._check_allocation()
         self._check_structured()
+
+    def _check_allocation(self) -> None:
+        """Pattern, sparsity, allocation and method fit together."""
+        implied = self._implied
+        if implied is not None and self.sparsity is not None and self.sparsity > implied + 1e-6:
+            raise InputError(
+                f"pattern {self.pattern} removes {implied:.4g} of the weights, but sparsity is {self.sparsity}; leave "
+                "sparsity out, or give less to leave some layers dense"
+            )
+        if self._partly_dense and "curves" not in ALLOCATIONS[self.method]:
+            raise InputError(
+                f"sparsity {self.sparsity} is less than pattern {self.pattern} removes: losses tell which layers stay "
+                f"dense, and those of method {self.method} do not compare across layers; use kfac or leave sparsity out"
+            )
+        if self.allocation is None:
+            return
+        if self.allocation not in ALLOCATIONS[self.method]:
+            raise InputError(
+                f"allocation {self.allocation} needs losses that compare across layers, which method {self.method} "
+                f"does not give; use {' or '.join(ALLOCATIONS[self.method])}"
+            )
+        only = "curves" if self._partly_dense else "uniform"
+        if implied is not None and self.allocation != only:
+            what = "leaves layers dense" if self._partly_dense else "fixes every layer's sparsity"
+            raise InputError(f"pattern {self.pattern} {what}; allocation can only be {only}")
+
+    @property
+    def _implied(self) -> float | None:
+        """The sparsity of the pattern."""
+        groups = parse_pattern(self.pattern)
+        return 1 - groups[0] / groups[1] if groups else None
+
+    @property
+    def _partly_dense(self) -> bool:
+        """Less is to be removed than the pattern does."""
+        return self._implied is not None and self.sparsity is not None and self.sparsity < self._implied - 1e-6
 
     def _check_structured(self) -> None:
         """The options of structured pruning fit together."""
@@ -233,11 +257,10 @@ class Recipe:
 
     def resolved(self) -> Recipe:
         """The same recipe with sparsity, allocation, refit, reconstruct and damping filled in."""
-        groups = parse_pattern(self.pattern)
         sparsity: float | None = 0.5 if self.sparsity is None else self.sparsity
         allocation: str | None = self.allocation or ALLOCATIONS[self.method][0]
-        if groups:
-            sparsity, allocation = 1 - groups[0] / groups[1], "uniform"
+        if self._implied is not None and not self._partly_dense:
+            sparsity, allocation = self._implied, "uniform"
         refit = self.method in ("kfac", "layerwise") if self.refit is None else self.refit
         fits = self.structured and refit and self.samples >= 16  # two batches, one of them held out
         reconstruct = (8 if fits else 0) if self.reconstruct is None else self.reconstruct

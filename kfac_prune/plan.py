@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -11,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from kfac_prune.allocate import LossCurve, allocate
+from kfac_prune.allocate import LossCurve, allocate, least_subset
 from kfac_prune.baselines import sparsegpt, wanda
 from kfac_prune.config import ALLOCATIONS
 from kfac_prune.curvature.estimate import Factors, Method
@@ -110,7 +111,7 @@ def make_plan(
     layers: Sequence[Layer],
     factors: Factors,
     *,
-    sparsity: float = 0.5,
+    sparsity: float | None = None,
     pattern: NM | None = None,
     method: PruningMethod = "kfac",
     allocation: str = "curves",
@@ -124,10 +125,11 @@ def make_plan(
     Args:
         layers: to prune, all with factors.
         factors: their curvature.
-        sparsity: fraction of all weights to remove, in [0, 1); ignored with an n:m pattern.
+        sparsity: fraction of all weights to remove, in [0, 1); None is 0.5, or with a pattern all that it removes. Less
+            than that leaves whole layers dense: those whose pruning is predicted to cost most for what it removes.
         pattern: n:m, or None for unstructured.
         method: to prune by.
-        allocation: "curves", "uniform" or "global" (see ``Recipe``); ignored with an n:m pattern.
+        allocation: "curves", "uniform" or "global" (see ``Recipe``); where a pattern leaves nothing to choose, ignored.
         damping: of the factors; None is ``Damping()``.
         curves: from ``loss_curves``, for allocation "curves"; None computes them.
         probe: measures single pruned layers, to correct the predictions and with them allocation "curves"; None trusts
@@ -138,14 +140,21 @@ def make_plan(
     if missing:
         raise InputError(f"no curvature was estimated for layer {missing[0]} ({len(missing)} layers in all)")
     problems = Problems(factors, method, damping or Damping())
-    if pattern is not None:
+    if sparsity is None:
+        sparsity = 0.5 if pattern is None else float(pattern.sparsity)
+    target: int | None = None  # weights to remove where a pattern is to leave some layers dense
+    if pattern is not None and abs(sparsity - pattern.sparsity) > 1e-6:
+        target = _removed(layers, pattern, sparsity)
+        if allocation != "curves":
+            raise InputError(f"layers that stay dense are chosen by allocation 'curves', not by {allocation!r}")
+    elif pattern is not None:
         allocation = "uniform"
     if allocation not in ALLOCATIONS[method]:
         raise InputError(
             f"method {method} cannot allocate by {allocation!r}; choose {' or '.join(ALLOCATIONS[method])}"
         )
     factor: dict[str, float] = {}
-    if allocation == "uniform" or sparsity == 0:
+    if pattern is not None or allocation == "uniform" or sparsity == 0:
         sparsities = dict.fromkeys((layer.name for layer in layers), sparsity)
     elif allocation == "global":
         sparsities = _global_threshold(layers, problems, sparsity)
@@ -159,6 +168,8 @@ def make_plan(
         if probe is not None and layer.name not in factor:
             factor[layer.name] = probe.factor(layer, made)
         planned.append(replace(made, predicted=made.predicted * factor.get(layer.name, 1.0)))
+    if target is not None:
+        planned = _cheapest(layers, planned, target)
     return Plan(tuple(planned), method, allocation)
 
 
@@ -315,6 +326,32 @@ def _global_threshold(layers: Sequence[Layer], problems: Problems, sparsity: flo
     threshold = kth_largest(everything, keep)
     most = 1 - 1e-6  # every layer keeps at least one weight
     return {name: min(float((s < threshold.to(s.device)).float().mean()), most) for name, s in scores.items()}
+
+
+def _removed(layers: Sequence[Layer], pattern: NM, sparsity: float) -> int:
+    """How many weights a sparsity is to remove; refused if the pattern cannot on these layers."""
+    total = sum(layer.weight.numel() for layer in layers)
+    most = total - sum(layer.shape[0] * pattern.kept_of(layer.shape[1]) for layer in layers)
+    target = math.ceil(sparsity * total - 1e-6)
+    if target > most:
+        raise InputError(
+            f"sparsity is {sparsity:.4g}, and pattern {pattern.n}:{pattern.m} removes only {most / total:.4g} of the "
+            "weights; lower the sparsity"
+        )
+    return target
+
+
+def _cheapest(layers: Sequence[Layer], planned: Sequence[PlannedLayer], target: int) -> list[PlannedLayer]:
+    """Those pruned layers that together remove a number of weights at the least predicted loss; the others dense."""
+    taken = least_subset([int((~p.mask).sum()) for p in planned], [p.predicted for p in planned], target)
+    assert taken is not None
+    return [made if prune else _dense(layer) for layer, made, prune in zip(layers, planned, taken, strict=True)]
+
+
+def _dense(layer: Layer) -> PlannedLayer:
+    """A layer that stays as it is."""
+    mask = torch.ones_like(layer.weight, dtype=torch.bool)
+    return PlannedLayer(layer.name, layer.weight.clone(), layer.bias, mask, predicted=0.0, kkt=None, damping=())
 
 
 def prune(layers: Sequence[Layer], plan: Plan) -> WeightSwap:

@@ -117,7 +117,7 @@ def run_model(name: str, reference: Path, levels: tuple[str, ...]) -> Any:
             plan = make_plan(
                 layers,
                 factors,
-                sparsity=0.0 if groups else float(level[:-1]) / 100,
+                sparsity=None if groups else float(level[:-1]) / 100,
                 pattern=pattern,
                 method=method,  # type: ignore[arg-type]
                 allocation=allocation,

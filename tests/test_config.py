@@ -188,12 +188,26 @@ def test_any_text_is_a_valid_pattern_or_refused(text):
         assert 1 <= pair[0] < pair[1] <= 64
 
 
-@pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.6), ("1:4", 0.5), ("2:4", 0), ("2:3", 0.333)])
-def test_sparsity_that_contradicts_the_pattern_is_refused(pattern, sparsity):
+@pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.6), ("1:4", 0.76), ("2:4", 0.99), ("2:3", 0.334)])
+def test_sparsity_above_the_pattern_is_refused(pattern, sparsity):
     with pytest.raises(
         InputError, match=f"pattern {pattern} removes .* but sparsity is {sparsity}; leave sparsity out"
     ):
         recipe(pattern=pattern, sparsity=sparsity)
+
+
+@pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.4), ("1:4", 0.5), ("2:4", 0), ("2:3", 0.333)])
+def test_sparsity_below_the_pattern_leaves_layers_dense(pattern, sparsity):
+    made = recipe(pattern=pattern, sparsity=sparsity)
+    assert (made.resolved().sparsity, made.resolved().allocation) == (sparsity, "curves")
+    assert made.resolved().resolved() == made.resolved()
+    assert recipe(pattern=pattern, sparsity=sparsity, allocation="curves").resolved() == made.resolved()
+    for allocation in ("uniform", "global"):
+        with pytest.raises(InputError, match=f"pattern {pattern} leaves layers dense; allocation can only be curves"):
+            recipe(pattern=pattern, sparsity=sparsity, allocation=allocation)
+    for method in METHODS[1:]:
+        with pytest.raises(InputError, match=f"^sparsity {sparsity} is less .* method {method} do not compare"):
+            recipe(pattern=pattern, sparsity=sparsity, method=method)
 
 
 @pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("1:4", 0.75), ("2:3", 1 / 3), ("2:3", 0.3333333)])

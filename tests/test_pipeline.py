@@ -634,6 +634,26 @@ def test_sparsity_zero_changes_no_bit(model, method, refit, recipe):
     assert record["kl_measured"] == record["kl_predicted"] == record["sparsity"] == 0
 
 
+@pytest.mark.parametrize("model", ["llama", "gpt2", "opt"])
+def test_a_pattern_may_leave_layers_dense(model, recipe):
+    made = recipe(model, pattern="2:4", sparsity=0.4)
+    record = run(made)
+    dense, pruned = matrices(load(made.model)), matrices(load(made.out))
+    sizes = {name: weight.numel() for name, weight in dense.items()}
+    untouched = [name for name, weight in dense.items() if torch.equal(weight, pruned[name])]
+    for name, weight in pruned.items():
+        assert name in untouched or (group_counts(weight, 4) == 2).all()
+        assert record["layers"][name]["sparsity"] == (0 if name in untouched else 0.5)
+        assert (record["layers"][name]["predicted_loss"] == 0) == (name in untouched)
+    assert untouched
+    assert record["allocation"] == "curves"
+    assert record["sparsity"] == pytest.approx(0.5 - sum(sizes[n] for n in untouched) / 2 / sum(sizes.values()))
+    assert 0.4 <= record["sparsity"] < 0.5
+    assert f"in the pattern 2:4, {len(untouched)} of them dense" in (Path(made.out) / "README.md").read_text()
+    again = dataclasses.replace(Recipe(**read_recipe(str(Path(made.out) / "recipe.yaml"))), overwrite=True)
+    assert run(again)["layers"] == record["layers"]
+
+
 @pytest.mark.parametrize("sparsity", [0.01, 0.9, 0.99])
 def test_extreme_sparsities(sparsity, recipe):
     record = run(recipe(sparsity=sparsity))
