@@ -45,8 +45,8 @@ class PlannedLayer:
         mask: [out, in] bool, True = kept.
         predicted: nats per token that the change costs: under the damped G ⊗ A whatever the method, times what a probe
             found between measured and predicted.
-        kkt: relative KKT residual of the method's own problem (0 = optimal compensation); None for methods that solve
-            none.
+        kkt: relative KKT residual of the method's own problem (0 = optimal compensation); None where none was
+            solved.
         damping: what was added to the factors.
         groups_fit: False where an n:m pattern does not divide the width: the last group is shorter than m, and
             hardware that needs whole groups cannot use the layer.
@@ -345,7 +345,7 @@ def _cheapest(layers: Sequence[Layer], planned: Sequence[PlannedLayer], target: 
     """Those pruned layers that together remove a number of weights at the least predicted loss; the others dense."""
     taken = least_subset([int((~p.mask).sum()) for p in planned], [p.predicted for p in planned], target)
     assert taken is not None
-    return [made if prune else _dense(layer) for layer, made, prune in zip(layers, planned, taken, strict=True)]
+    return [made if pruned else _dense(layer) for layer, made, pruned in zip(layers, planned, taken, strict=True)]
 
 
 def _dense(layer: Layer) -> PlannedLayer:
