@@ -20,6 +20,8 @@ from torch import Tensor
 #: the quadratic prediction is too optimistic (0.97 instead of 0.9 costs a sixth more at 70 % on one of our models).
 MAX_SPARSITY = 0.9
 STEP = 0.005
+#: Resolution of the exact knapsack.
+MAX_BINS = 20_000
 
 
 @dataclass(frozen=True)
@@ -141,3 +143,26 @@ def choose(options: Sequence[Sequence[tuple[float, float]]], target: float, bins
         result.append(int(option[at]))
         at = int(before[at])
     return result[::-1]
+
+
+def least_subset(sizes: Sequence[int], costs: Sequence[float], target: int) -> list[bool] | None:
+    """Which items to take so that their sizes reach a target at the least total cost: the 0/1 knapsack.
+
+    Exact where the target is at most 20,000 times the greatest common divisor of the sizes (it is for the layers of a
+    transformer), else as ``choose``.
+
+    Args:
+        sizes: per item, in whole numbers.
+        costs: per item, at least 0.
+        target: of the summed sizes of what is taken.
+
+    Returns:
+        Whether each item is taken, or None if all together do not reach the target.
+    """
+    unit = math.gcd(*sizes)
+    units = -(-target // max(unit, 1))  # sums are multiples of the divisor: the next one is as good a target
+    if units <= 0:
+        return [False] * len(sizes)
+    options = [[(0.0, 0.0), (size / unit, cost)] for size, cost in zip(sizes, costs, strict=True)] if unit else []
+    taken = choose(options, units, bins=min(units, MAX_BINS))
+    return None if taken is None else [i == 1 for i in taken]

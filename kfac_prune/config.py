@@ -12,7 +12,9 @@ import yaml
 
 from kfac_prune.errors import InputError
 
-METHODS = ("kfac", "layerwise", "obd", "magnitude")
+METHODS = ("kfac", "layerwise", "obd", "magnitude", "sparsegpt", "wanda")
+#: Those that prune single weights only.
+BASELINES = ("sparsegpt", "wanda")
 #: Added to each curvature factor, as a fraction of its mean diagonal, where the recipe leaves it open.
 DAMPING, STRUCTURED_DAMPING = 0.03, 0.001
 #: Epochs of the reconstruction, where the recipe leaves them open and there are windows enough.
@@ -24,6 +26,8 @@ ALLOCATIONS = {
     "layerwise": ("uniform",),
     "obd": ("uniform", "global"),
     "magnitude": ("uniform", "global"),
+    "sparsegpt": ("uniform",),
+    "wanda": ("uniform",),
 }
 
 
@@ -74,7 +78,9 @@ class Recipe:
     seqlen: int = _option(256, "tokens per window, at most the model's context length")
     batch_size: int = _option(4, "windows per forward pass")
     sparsity: float | None = _option(
-        None, "fraction of the prunable weights to remove, in [0, 1); default: 0.5, or what an n:m pattern implies"
+        None,
+        "fraction of the prunable weights to remove, in [0, 1); less than an n:m pattern removes leaves some layers "
+        "dense, which the predicted losses choose; default: 0.5, or all that an n:m pattern removes",
     )
     pattern: str = _option(
         "unstructured", "'unstructured', or n:m = keep n of every m consecutive weights in a row, e.g. 2:4"
@@ -109,7 +115,8 @@ class Recipe:
     )
     method: str = _option(
         "kfac",
-        "curvature: kfac = G x A (Optimal Brain Surgeon), layerwise = I x A, obd = its diagonal, magnitude = I",
+        "curvature: kfac = G x A (Optimal Brain Surgeon), layerwise = I x A, obd = its diagonal, magnitude = I; "
+        "or sparsegpt, wanda, as in their papers, to compare with",
         choices=METHODS,
     )
     allocation: str | None = _option(
@@ -189,22 +196,44 @@ class Recipe:
             raise InputError(f"sparsity is {self.sparsity}; it must be at least 0 and below 1")
         if self.damping is not None and not 0 < self.damping <= 1:
             raise InputError(f"damping is {self.damping}; it must be above 0 and at most 1")
-        groups = parse_pattern(self.pattern)
-        if groups and self.sparsity is not None and abs(self.sparsity - (1 - groups[0] / groups[1])) > 1e-6:
-            raise InputError(
-                f"pattern {self.pattern} removes {1 - groups[0] / groups[1]:.4g} of the weights, but sparsity is "
-                f"{self.sparsity}; leave sparsity out"
-            )
-        if self.allocation is not None:
-            if self.allocation not in ALLOCATIONS[self.method]:
-                raise InputError(
-                    f"allocation {self.allocation} needs losses that compare across layers, which method {self.method} "
-                    f"does not give; use {' or '.join(ALLOCATIONS[self.method])}"
-                )
-            if groups and self.allocation != "uniform":
-                raise InputError(f"pattern {self.pattern} fixes every layer's sparsity; allocation can only be uniform")
-
+        self._check_allocation()
         self._check_structured()
+
+    def _check_allocation(self) -> None:
+        """Pattern, sparsity, allocation and method fit together."""
+        implied = self._implied
+        if implied is not None and self.sparsity is not None and self.sparsity > implied + 1e-6:
+            raise InputError(
+                f"pattern {self.pattern} removes {implied:.4g} of the weights, but sparsity is {self.sparsity}; leave "
+                "sparsity out, or give less to leave some layers dense"
+            )
+        if self._partly_dense and "curves" not in ALLOCATIONS[self.method]:
+            raise InputError(
+                f"sparsity {self.sparsity} is less than pattern {self.pattern} removes: losses tell which layers stay "
+                f"dense, and those of method {self.method} do not compare across layers; use kfac or leave sparsity out"
+            )
+        if self.allocation is None:
+            return
+        if self.allocation not in ALLOCATIONS[self.method]:
+            raise InputError(
+                f"allocation {self.allocation} needs losses that compare across layers, which method {self.method} "
+                f"does not give; use {' or '.join(ALLOCATIONS[self.method])}"
+            )
+        only = "curves" if self._partly_dense else "uniform"
+        if implied is not None and self.allocation != only:
+            what = "leaves layers dense" if self._partly_dense else "fixes every layer's sparsity"
+            raise InputError(f"pattern {self.pattern} {what}; allocation can only be {only}")
+
+    @property
+    def _implied(self) -> float | None:
+        """The sparsity of the pattern."""
+        groups = parse_pattern(self.pattern)
+        return 1 - groups[0] / groups[1] if groups else None
+
+    @property
+    def _partly_dense(self) -> bool:
+        """Less is to be removed than the pattern does."""
+        return self._implied is not None and self.sparsity is not None and self.sparsity < self._implied - 1e-6
 
     def _check_structured(self) -> None:
         """The options of structured pruning fit together."""
@@ -217,6 +246,9 @@ class Recipe:
         kinds = self.kinds
         if not kinds or len(set(kinds)) < len(kinds) or not set(kinds) <= set(KINDS):
             raise InputError(f"structured is {self.structured!r}; it must be 'ffn', 'heads' or 'ffn,heads'")
+        if self.method in BASELINES:
+            others = " or ".join(m for m in METHODS if m not in BASELINES)
+            raise InputError(f"method {self.method} prunes single weights, structured removes units; use {others}")
         if self.pattern != "unstructured" or self.allocation is not None:
             name = "pattern" if self.pattern != "unstructured" else "allocation"
             raise InputError(
@@ -237,11 +269,10 @@ class Recipe:
 
     def resolved(self) -> Recipe:
         """The same recipe with sparsity, allocation, refit, reconstruct and damping filled in."""
-        groups = parse_pattern(self.pattern)
         sparsity: float | None = 0.5 if self.sparsity is None else self.sparsity
         allocation: str | None = self.allocation or ALLOCATIONS[self.method][0]
-        if groups:
-            sparsity, allocation = 1 - groups[0] / groups[1], "uniform"
+        if self._implied is not None and not self._partly_dense:
+            sparsity, allocation = self._implied, "uniform"
         repairs, reconstruct, refit = self.method in ("kfac", "layerwise"), self.reconstruct, self.refit
         if reconstruct is None:  # of sparse models it takes the place of the refit
             wanted = repairs and (refit is not False if self.structured else not refit)

@@ -63,7 +63,7 @@ def run_demo(out: str, *, echo: Callable[[str], None] = print, quiet: bool = Tru
             plan = make_plan(
                 layers,
                 factors,
-                sparsity=level if isinstance(level, float) else 0.0,
+                sparsity=level if isinstance(level, float) else None,
                 pattern=level if isinstance(level, NM) else None,
                 method=method,
                 allocation="curves" if method == "kfac" else "uniform",

@@ -23,6 +23,18 @@ def inverse_from_cholesky(matrix: Tensor) -> Tensor:
     return torch.cholesky_inverse(factor).to(matrix.dtype)
 
 
+def inverse_upper_cholesky(matrix: Tensor) -> Tensor:
+    """The upper triangular U [n, n] with ``M⁻¹ = Uᵀ U``, factorised in float64, returned in M's dtype.
+
+    Raises:
+        torch.linalg.LinAlgError: M is not positive definite.
+    """
+    upper = torch.linalg.cholesky(matrix.double().flip(0, 1)).flip(0, 1)  # M = V Vᵀ with V upper, so U = V⁻¹
+    eye = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+    inverse: Tensor = torch.linalg.solve_triangular(upper, eye, upper=True)
+    return inverse.to(matrix.dtype)
+
+
 def kth_largest(values: Tensor, k: int) -> Tensor:
     """The k-th largest entry (1 <= k <= numel) of a tensor, as a scalar tensor."""
     flat = values.reshape(-1)

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from kfac_prune.allocate import LossCurve, allocate
+from kfac_prune.allocate import LossCurve, allocate, least_subset
+from kfac_prune.baselines import sparsegpt, wanda
+from kfac_prune.config import ALLOCATIONS
 from kfac_prune.curvature.estimate import Factors, Method
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.linalg import kth_largest
 from kfac_prune.models import Layer, WeightSwap, prunable_layers
-from kfac_prune.obs import FAST, NM, Solution, Unstructured, saliency, solve
+from kfac_prune.obs import FAST, NM, Pattern, Unstructured, saliency, solve
 from kfac_prune.operators import Curvature, Damping, DampingRecord, quadratic_loss
 from kfac_prune.quality import evaluate
 from kfac_prune.stream import BlockStack, begun_at
 
+#: How a layer can be pruned: by one of the curvatures, or by a method of the field.
+PruningMethod = Method | Literal["sparsegpt", "wanda"]
 #: Sparsities at which a layer's loss curve is computed.
 CURVE_POINTS = (0.3, 0.5, 0.7, 0.9)
 #: A measured loss below this fraction of the predicted one is taken for noise of a small sample.
@@ -42,7 +48,8 @@ class PlannedLayer:
         mask: [out, in] bool, True = kept.
         predicted: nats per token that the change costs: under the damped G ⊗ A whatever the method, times what a probe
             found between measured and predicted.
-        kkt: relative KKT residual of the method's own problem (0 = optimal compensation).
+        kkt: relative KKT residual of the method's own problem (0 = optimal compensation); None where none was
+            solved.
         damping: what was added to the factors.
         groups_fit: False where an n:m pattern does not divide the width: the last group is shorter than m, and
             hardware that needs whole groups cannot use the layer.
@@ -53,7 +60,7 @@ class PlannedLayer:
     bias: Tensor | None
     mask: Tensor
     predicted: float
-    kkt: float
+    kkt: float | None
     damping: tuple[DampingRecord, ...]
     groups_fit: bool = True
 
@@ -69,7 +76,7 @@ class Plan:
 
     Attributes:
         layers: in the order of the model.
-        method: curvature used.
+        method: used.
         allocation: rule used.
     """
 
@@ -107,9 +114,9 @@ def make_plan(
     layers: Sequence[Layer],
     factors: Factors,
     *,
-    sparsity: float = 0.5,
+    sparsity: float | None = None,
     pattern: NM | None = None,
-    method: Method = "kfac",
+    method: PruningMethod = "kfac",
     allocation: str = "curves",
     damping: Damping | None = None,
     curves: Mapping[str, LossCurve] | None = None,
@@ -121,10 +128,11 @@ def make_plan(
     Args:
         layers: to prune, all with factors.
         factors: their curvature.
-        sparsity: fraction of all weights to remove, in [0, 1); ignored with an n:m pattern.
+        sparsity: fraction of all weights to remove, in [0, 1); None is 0.5, or with a pattern all that it removes. Less
+            than that leaves whole layers dense: those whose pruning is predicted to cost most for what it removes.
         pattern: n:m, or None for unstructured.
-        method: curvature to prune by.
-        allocation: "curves", "uniform" or "global" (see ``Recipe``); ignored with an n:m pattern.
+        method: to prune by.
+        allocation: "curves", "uniform" or "global" (see ``Recipe``); where a pattern leaves nothing to choose, ignored.
         damping: of the factors; None is ``Damping()``.
         curves: from ``loss_curves``, for allocation "curves"; None computes them.
         probe: measures single pruned layers, to correct the predictions and with them allocation "curves"; None trusts
@@ -135,27 +143,36 @@ def make_plan(
     if missing:
         raise InputError(f"no curvature was estimated for layer {missing[0]} ({len(missing)} layers in all)")
     problems = Problems(factors, method, damping or Damping())
-    if pattern is not None:
+    if sparsity is None:
+        sparsity = 0.5 if pattern is None else float(pattern.sparsity)
+    target: int | None = None  # weights to remove where a pattern is to leave some layers dense
+    if pattern is not None and abs(sparsity - pattern.sparsity) > 1e-6:
+        target = _removed(layers, pattern, sparsity)
+        if allocation != "curves":
+            raise InputError(f"layers that stay dense are chosen by allocation 'curves', not by {allocation!r}")
+    elif pattern is not None:
         allocation = "uniform"
+    if allocation not in ALLOCATIONS[method]:
+        raise InputError(
+            f"method {method} cannot allocate by {allocation!r}; choose {' or '.join(ALLOCATIONS[method])}"
+        )
     factor: dict[str, float] = {}
-    if allocation == "uniform" or sparsity == 0:
+    if pattern is not None or allocation == "uniform" or sparsity == 0:
         sparsities = dict.fromkeys((layer.name for layer in layers), sparsity)
     elif allocation == "global":
         sparsities = _global_threshold(layers, problems, sparsity)
-    elif allocation == "curves":
-        if curves is None:
-            curves = loss_curves(layers, factors, method=method, damping=problems.damping, quiet=quiet)
-        sparsities, factor = _by_curves(layers, problems, sparsity, curves, probe, quiet)
     else:
-        raise InputError(f"allocation is {allocation!r}; choose one of curves, uniform, global")
+        if curves is None:
+            curves = loss_curves(layers, factors, damping=problems.damping, quiet=quiet)
+        sparsities, factor = _by_curves(layers, problems, sparsity, curves, probe, quiet)
     planned = []
     for layer in tqdm(layers, desc="solve", unit="layer", disable=quiet):
-        weight, operator, records = problems(layer)
-        solution = solve(weight, operator, pattern or Unstructured(sparsities[layer.name]))
-        made = _planned(layer, problems, weight, operator, solution, records, pattern)
+        made = problems.solve(layer, pattern or Unstructured(sparsities[layer.name]))
         if probe is not None and layer.name not in factor:
             factor[layer.name] = probe.factor(layer, made)
         planned.append(replace(made, predicted=made.predicted * factor.get(layer.name, 1.0)))
+    if target is not None:
+        planned = _cheapest(layers, planned, target)
     return Plan(tuple(planned), method, allocation)
 
 
@@ -222,33 +239,71 @@ class Problems:
 
     Attributes:
         factors: of all layers.
-        method: which curvature they give.
+        method: by which layers are pruned.
         damping: of the factors.
     """
 
     factors: Factors
-    method: Method
+    method: PruningMethod
     damping: Damping
 
     def __call__(self, layer: Layer) -> tuple[Tensor, Curvature, list[DampingRecord]]:
-        """W [out, in] in float32, its curvature, and what damping that took."""
+        """W [out, in] in float32, its curvature, and what damping that took; for methods with a curvature."""
+        assert self.method != "sparsegpt"
+        assert self.method != "wanda"
         operator, records = self.factors.layers[layer.name].operator(self.method, self.damping, where=layer.name)
         return layer.weight.to(torch.float32), operator, records
+
+    def solve(self, layer: Layer, pattern: Pattern) -> PlannedLayer:
+        """Prune one layer by the method, round to the model's dtype, and predict what that costs."""
+        statistics = self.factors.layers[layer.name]
+        weight, bias = layer.weight.to(torch.float32), layer.bias
+        fisher: Curvature | None = None
+        kkt: float | None = None
+        records: list[DampingRecord] = []
+        if self.method == "wanda":
+            mask = wanda(weight, statistics.a, pattern)
+            x = weight * mask
+        elif self.method == "sparsegpt":
+            x, mask, record = sparsegpt(weight, statistics.a, pattern, where=layer.name)
+            records = [record]
+        else:
+            weight, operator, records = self(layer)
+            solution = solve(weight, operator, pattern)
+            x, mask, kkt = solution.weight, solution.mask, solution.kkt
+            fisher = operator if self.method == "kfac" else None
+        if fisher is None:  # the unit of every prediction, whatever the method pruned by
+            fisher, _ = statistics.operator("kfac", self.damping, where=layer.name)
+        rounded = x.to(layer.weight.dtype)
+        change = rounded.to(weight.dtype) - weight
+        shift = torch.zeros_like(weight[:, 0])
+        if bias is not None and self.method in ("kfac", "layerwise"):
+            shift = statistics.bias_update(change)
+            bias = (bias.to(weight.dtype) + shift).to(bias.dtype)
+        return PlannedLayer(
+            name=layer.name,
+            weight=rounded,
+            bias=bias,
+            mask=mask,
+            predicted=quadratic_loss(fisher, change) + statistics.bias_loss(change, shift),
+            kkt=kkt,
+            damping=tuple(records),
+            groups_fit=not isinstance(pattern, NM) or layer.shape[1] % pattern.m == 0,
+        )
 
 
 def loss_curves(
     layers: Sequence[Layer],
     factors: Factors,
     *,
-    method: Method = "kfac",
     damping: Damping | None = None,
     quiet: bool = True,
 ) -> dict[str, LossCurve]:
-    """The predicted loss of every layer against its sparsity, by the fast variant of the real solver.
+    """The predicted loss of every layer against its sparsity, under G ⊗ A, by the fast variant of the real solver.
 
     They serve plans at any sparsity. Arguments as ``make_plan``.
     """
-    problems, curves = Problems(factors, method, damping or Damping()), {}
+    problems, curves = Problems(factors, "kfac", damping or Damping()), {}
     for layer in tqdm(layers, desc="loss curves", unit="layer", disable=quiet):
         weight, operator, _ = problems(layer)
         points = {s: solve(weight, operator, Unstructured(s), FAST).loss for s in CURVE_POINTS}
@@ -274,14 +329,9 @@ def _by_curves(
     for layer in tqdm(layers, desc="refine curves", unit="layer", disable=quiet):
         chosen = first[layer.name]
         if chosen > 0:
-            weight, operator, records = problems(layer)
-            solution = solve(weight, operator, Unstructured(chosen))
-            loss = solution.loss
-            if probe is not None:
-                made = _planned(layer, problems, weight, operator, solution, records, None)
-                factor[layer.name] = probe.factor(layer, made)
-                loss *= factor[layer.name]
-            corrected[layer.name] = curves[layer.name].corrected(chosen, loss)
+            made = problems.solve(layer, Unstructured(chosen))
+            factor[layer.name] = 1.0 if probe is None else probe.factor(layer, made)
+            corrected[layer.name] = curves[layer.name].corrected(chosen, made.predicted * factor[layer.name])
     return allocate(corrected, sparsity), factor
 
 
@@ -298,37 +348,30 @@ def _global_threshold(layers: Sequence[Layer], problems: Problems, sparsity: flo
     return {name: min(float((s < threshold.to(s.device)).float().mean()), most) for name, s in scores.items()}
 
 
-def _planned(
-    layer: Layer,
-    problems: Problems,
-    weight: Tensor,
-    operator: Curvature,
-    solution: Solution,
-    records: Sequence[DampingRecord],
-    pattern: NM | None,
-) -> PlannedLayer:
-    """Solution to plan: rounded to the model's dtype, bias compensated where the method compensates, loss predicted."""
-    statistics = problems.factors.layers[layer.name]
-    rounded = solution.weight.to(layer.weight.dtype)
-    change = rounded.to(weight.dtype) - weight
-    bias = layer.bias
-    shift = torch.zeros_like(weight[:, 0])
-    if bias is not None and problems.method in ("kfac", "layerwise"):
-        shift = statistics.bias_update(change)
-        bias = (bias.to(weight.dtype) + shift).to(bias.dtype)
-    fisher = operator  # the unit of every prediction, whatever the method pruned by
-    if problems.method != "kfac":
-        fisher, _ = statistics.operator("kfac", problems.damping, where=layer.name)
-    return PlannedLayer(
-        name=layer.name,
-        weight=rounded,
-        bias=bias,
-        mask=solution.mask,
-        predicted=quadratic_loss(fisher, change) + statistics.bias_loss(change, shift),
-        kkt=solution.kkt,
-        damping=tuple(records),
-        groups_fit=pattern is None or layer.shape[1] % pattern.m == 0,
-    )
+def _removed(layers: Sequence[Layer], pattern: NM, sparsity: float) -> int:
+    """How many weights a sparsity is to remove; refused if the pattern cannot on these layers."""
+    total = sum(layer.weight.numel() for layer in layers)
+    most = total - sum(layer.shape[0] * pattern.kept_of(layer.shape[1]) for layer in layers)
+    target = math.ceil(sparsity * total - 1e-6)
+    if target > most:
+        raise InputError(
+            f"sparsity is {sparsity:.4g}, and pattern {pattern.n}:{pattern.m} removes only {most / total:.4g} of the "
+            "weights; lower the sparsity"
+        )
+    return target
+
+
+def _cheapest(layers: Sequence[Layer], planned: Sequence[PlannedLayer], target: int) -> list[PlannedLayer]:
+    """Those pruned layers that together remove a number of weights at the least predicted loss; the others dense."""
+    taken = least_subset([int((~p.mask).sum()) for p in planned], [p.predicted for p in planned], target)
+    assert taken is not None
+    return [made if pruned else _dense(layer) for layer, made, pruned in zip(layers, planned, taken, strict=True)]
+
+
+def _dense(layer: Layer) -> PlannedLayer:
+    """A layer that stays as it is."""
+    mask = torch.ones_like(layer.weight, dtype=torch.bool)
+    return PlannedLayer(layer.name, layer.weight.clone(), layer.bias, mask, predicted=0.0, kkt=None, damping=())
 
 
 def prune(layers: Sequence[Layer], plan: Plan) -> WeightSwap:

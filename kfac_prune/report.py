@@ -225,6 +225,8 @@ def model_card(recipe: Recipe, record: dict[str, Any]) -> str:
         note = ""
     else:
         pattern = "" if recipe.pattern == "unstructured" else f" in the pattern {recipe.pattern}"
+        dense = sum(layer["sparsity"] == 0 for layer in record["layers"].values())
+        pattern += f", {dense} of them dense" if pattern and dense else ""
         tags, loads = (
             "[pruned, sparse, kfac-prune]",
             "It is a plain checkpoint with exact zeros and loads as any other:",

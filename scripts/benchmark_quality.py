@@ -70,8 +70,20 @@ MODELS = {
     "chargpt-shakespeare-gpt2": Subject(("shakespeare_train.txt", "shakespeare_test.txt"), ("50%", "70%", "2:4")),
     "smollm2-135m": Subject(WIKITEXT, ("50%", "70%", "2:4"), samples=64, test_windows=100, larger=True),
 }
-METHODS = {"magnitude": "uniform", "layerwise": "uniform", "kfac": "curves"}
-NAMES = {"magnitude": "magnitude", "layerwise": "layer-wise (G = I)", "kfac": "K-FAC"}
+METHODS = {
+    "magnitude": "uniform",
+    "wanda": "uniform",
+    "sparsegpt": "uniform",
+    "layerwise": "uniform",
+    "kfac": "curves",
+}
+NAMES = {
+    "magnitude": "magnitude",
+    "wanda": "Wanda",
+    "sparsegpt": "SparseGPT",
+    "layerwise": "layer-wise (G = I)",
+    "kfac": "K-FAC",
+}
 #: What follows the one-shot solution, in the order of the table.
 REPAIRS = ("none", "refit", "reconstruction")
 #: Of the reconstruction, as the command line's default.
@@ -176,14 +188,15 @@ class Benchmark:
         groups = None if level.endswith("%") else parse_pattern(level)
         pattern = NM(*groups) if groups else None
         probed = method == "kfac" and (groups is None or not MODELS[self.name].larger)  # else it decides nothing
+        curves = self.curves if METHODS[method] == "curves" and groups is None else None
         plan = self.timed("plan", lambda: make_plan(
             self.layers,
             self.factors,
-            sparsity=0.0 if groups else float(level[:-1]) / 100,
+            sparsity=None if groups else float(level[:-1]) / 100,
             pattern=pattern,
             method=method,  # type: ignore[arg-type]
             allocation=METHODS[method],
-            curves=self.curves if METHODS[method] == "curves" and groups is None else None,
+            curves=curves,
             probe=Probe.on(self.model, self.calibration, self.batch) if probed else None,
         ))  # fmt: skip
         swap = prune(self.layers, plan)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracles import seeded
 
-from kfac_prune.allocate import MAX_SPARSITY, STEP, LossCurve, allocate, choose, lower_hull
+from kfac_prune.allocate import MAX_SPARSITY, STEP, LossCurve, allocate, choose, least_subset, lower_hull
 
 CURVES = {
     "q": LossCurve({0.3: 1e-4, 0.5: 8e-4, 0.7: 6e-3, 0.9: 9e-2}, 1000),
@@ -341,3 +341,38 @@ class TestChoose:
 
     def test_a_group_must_take_what_it_offers(self):
         assert choose([[(3.0, 7.0)], [(0.0, 0.0), (7.0, 1.0), (8.0, 2.0)]], 10.0, bins=10) == [0, 1]
+
+
+class TestLeastSubset:
+    @staticmethod
+    def instance(seed, unit):
+        generator = torch.Generator().manual_seed(seed)
+        sizes = [unit * int(n) for n in torch.randint(1, 60, (9,), generator=generator)]
+        return sizes, torch.rand(9, generator=generator, dtype=torch.float64).tolist()
+
+    @pytest.mark.parametrize("unit", [1, 2048, 999_983])
+    @pytest.mark.parametrize("share", [0.01, 0.3, 0.8, 0.95, 1.0])
+    @pytest.mark.parametrize("seed", range(3))
+    def test_is_the_cheapest_of_all_subsets(self, seed, share, unit):
+        sizes, costs = self.instance(seed, unit)
+        target = math.ceil(share * sum(sizes))
+        taken = least_subset(sizes, costs, target)
+        reaching = [
+            sum(itertools.compress(costs, chosen))
+            for chosen in itertools.product((False, True), repeat=len(sizes))
+            if sum(itertools.compress(sizes, chosen)) >= target
+        ]
+        assert sum(itertools.compress(sizes, taken)) >= target
+        assert sum(itertools.compress(costs, taken)) == pytest.approx(min(reaching), rel=1e-12)
+
+    def test_sizes_without_a_large_divisor_still_reach_the_target(self):
+        sizes, costs = [1_000_003, 700_001, 500_009, 300_007], [4.0, 1.0, 2.0, 3.0]
+        taken = least_subset(sizes, costs, 1_199_000)
+        assert taken == [False, True, True, False]
+
+    def test_ends(self):
+        assert least_subset([4, 6], [1.0, 2.0], 0) == [False, False]
+        assert least_subset([4, 6], [1.0, 2.0], 10) == [True, True]
+        assert least_subset([4, 6], [1.0, 2.0], 11) is None
+        assert least_subset([0, 0], [1.0, 2.0], 1) is None
+        assert least_subset([0, 0], [1.0, 2.0], 0) == [False, False]

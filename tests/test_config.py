@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kfac_prune.config import ALLOCATIONS, METHODS, Recipe, parse_pattern, read_recipe
+from kfac_prune.config import ALLOCATIONS, BASELINES, METHODS, Recipe, parse_pattern, read_recipe
 from kfac_prune.errors import InputError
 
 PATHS = {"model": "m", "data": "d", "out": "o"}
@@ -189,12 +189,26 @@ def test_any_text_is_a_valid_pattern_or_refused(text):
         assert 1 <= pair[0] < pair[1] <= 64
 
 
-@pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.6), ("1:4", 0.5), ("2:4", 0), ("2:3", 0.333)])
-def test_sparsity_that_contradicts_the_pattern_is_refused(pattern, sparsity):
+@pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.6), ("1:4", 0.76), ("2:4", 0.99), ("2:3", 0.334)])
+def test_sparsity_above_the_pattern_is_refused(pattern, sparsity):
     with pytest.raises(
         InputError, match=f"pattern {pattern} removes .* but sparsity is {sparsity}; leave sparsity out"
     ):
         recipe(pattern=pattern, sparsity=sparsity)
+
+
+@pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.4), ("1:4", 0.5), ("2:4", 0), ("2:3", 0.333)])
+def test_sparsity_below_the_pattern_leaves_layers_dense(pattern, sparsity):
+    made = recipe(pattern=pattern, sparsity=sparsity)
+    assert (made.resolved().sparsity, made.resolved().allocation) == (sparsity, "curves")
+    assert made.resolved().resolved() == made.resolved()
+    assert recipe(pattern=pattern, sparsity=sparsity, allocation="curves").resolved() == made.resolved()
+    for allocation in ("uniform", "global"):
+        with pytest.raises(InputError, match=f"pattern {pattern} leaves layers dense; allocation can only be curves"):
+            recipe(pattern=pattern, sparsity=sparsity, allocation=allocation)
+    for method in METHODS[1:]:
+        with pytest.raises(InputError, match=f"^sparsity {sparsity} is less .* method {method} do not compare"):
+            recipe(pattern=pattern, sparsity=sparsity, method=method)
 
 
 @pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("1:4", 0.75), ("2:3", 1 / 3), ("2:3", 0.3333333)])
@@ -308,6 +322,14 @@ def test_options_of_structured_pruning_need_it(name, value):
 def test_options_of_sparse_weights_are_refused(fields, named):
     with pytest.raises(InputError, match=f"^{named} is for sparse weights, structured removes whole units; drop one"):
         recipe(structured="ffn", **fields)
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_methods_for_single_weights_remove_no_units(method):
+    with pytest.raises(
+        InputError, match=rf"^method {method} prunes single weights, .*; use kfac or layerwise or obd or"
+    ):
+        recipe(structured="ffn", method=method)
 
 
 TARGETS = {"sparsity": 0.3, "target_params": 1000, "target_latency": 2.5}

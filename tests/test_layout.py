@@ -21,7 +21,7 @@ LAYERS = (
     ("kernels", "models", "quality"),
     ("backend", "operators", "stream", "export"),
     ("obs", "curvature"),
-    ("allocate",),
+    ("allocate", "baselines"),
     ("plan",),
     ("refitting",),
     ("reconstruction",),

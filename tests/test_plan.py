@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -6,6 +8,7 @@ from kfac_prune.curvature.estimate import estimate_factors
 from kfac_prune.errors import InputError
 from kfac_prune.models import prunable_layers
 from kfac_prune.obs import NM
+from kfac_prune.operators import Damping, quadratic_loss
 from kfac_prune.plan import Probe, loss_curves, make_plan, prune
 from kfac_prune.quality import evaluate
 
@@ -121,3 +124,75 @@ def test_an_unknown_rule_is_refused(problem):
     _, _, layers, factors = problem
     with pytest.raises(InputError, match="random"):
         make_plan(layers, factors, allocation="random")
+
+
+@pytest.mark.parametrize("method", ["layerwise", "sparsegpt", "wanda"])
+def test_losses_that_do_not_compare_are_not_allocated_by(problem, method):
+    _, _, layers, factors = problem
+    for allocation in ("curves", "global"):
+        with pytest.raises(InputError, match=f"method {method} cannot allocate by '{allocation}'; choose uniform"):
+            make_plan(layers, factors, method=method, allocation=allocation)
+
+
+@pytest.mark.parametrize("pattern", [None, NM(2, 4)], ids=str)
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
+def test_methods_of_the_field_are_planned_like_the_others(problem, method, pattern):
+    _, _, layers, factors = problem
+    kfac, plan = (make_plan(layers, factors, pattern=pattern, method=m, allocation="uniform") for m in ("kfac", method))
+    assert plan.sparsity == pytest.approx(0.5)
+    for layer, best, planned in zip(layers, kfac.layers, plan.layers, strict=True):
+        statistics = factors.layers[layer.name]
+        fisher, _ = statistics.operator("kfac", Damping(), where=layer.name)
+        assert planned.predicted == pytest.approx(quadratic_loss(fisher, planned.weight - layer.weight))
+        assert planned.predicted > best.predicted
+        assert planned.kkt is None
+        assert torch.equal(planned.weight != 0, planned.mask)
+
+
+class Doubling(Probe):
+    """Finds every other layer twice as sensitive as predicted."""
+
+    def __call__(self, layer, planned):
+        return planned.predicted * (2 if "mlp" in layer.name else 1)
+
+
+@pytest.mark.parametrize("probe", [None, Doubling(None, None)], ids=["trusting", "probed"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.2, 0.4, 0.45])
+def test_a_partly_dense_plan_is_the_best_choice_of_layers(problem, sparsity, probe):
+    _, _, layers, factors = problem
+    pattern = NM(2, 4)
+    full = make_plan(layers, factors, pattern=pattern, probe=probe)
+    plan = make_plan(layers, factors, sparsity=sparsity, pattern=pattern, probe=probe)
+    assert (full.allocation, plan.allocation) == ("uniform", "curves")
+    pruned = [p.sparsity > 0 for p in plan.layers]
+    for layer, whole, planned, is_pruned in zip(layers, full.layers, plan.layers, pruned, strict=True):
+        assert torch.equal(planned.weight, whole.weight if is_pruned else layer.weight)
+        assert torch.equal(planned.mask, whole.mask if is_pruned else torch.ones_like(whole.mask))
+        assert planned.predicted == (whole.predicted if is_pruned else 0.0)
+    sizes = [layer.weight.numel() // 2 for layer in layers]
+    costs = [p.predicted for p in full.layers]
+    target = sparsity * 2 * sum(sizes)
+    assert plan.sparsity >= sparsity
+    assert plan.sparsity * 2 * sum(sizes) == pytest.approx(sum(itertools.compress(sizes, pruned)))
+    least = min(
+        sum(itertools.compress(costs, chosen))
+        for chosen in itertools.product((False, True), repeat=len(layers))
+        if sum(itertools.compress(sizes, chosen)) >= target
+    )
+    assert plan.predicted == pytest.approx(least, rel=1e-12)
+    for i, j in itertools.permutations(range(len(layers)), 2):  # no exchange of two layers is predicted to be better
+        if pruned[i] and not pruned[j] and sizes[j] >= sizes[i]:
+            assert costs[j] >= costs[i]
+
+
+def test_a_pattern_cannot_remove_more_than_it_does(problem):
+    _, _, layers, factors = problem
+    with pytest.raises(InputError, match=r"sparsity is 0\.6, and pattern 2:4 removes only 0\.5 of the weights"):
+        make_plan(layers, factors, sparsity=0.6, pattern=NM(2, 4))
+    # 24 = 3 groups of 7 and 3 more, all of which stay: 4:7 removes less than 3/7
+    with pytest.raises(InputError, match=r"sparsity is 0\.42, and pattern 4:7 removes only 0\.3"):
+        make_plan(layers, factors, sparsity=0.42, pattern=NM(4, 7))
+    with pytest.raises(InputError, match="chosen by allocation 'curves', not by 'uniform'"):
+        make_plan(layers, factors, sparsity=0.4, pattern=NM(2, 4), allocation="uniform")
+    with pytest.raises(InputError, match="method layerwise cannot allocate by 'curves'; choose uniform"):
+        make_plan(layers, factors, sparsity=0.4, pattern=NM(2, 4), method="layerwise")

@@ -74,6 +74,11 @@ class NM(Pattern):
         """Fraction of weights removed where the width is a multiple of m."""
         return Fraction(self.m - self.n, self.m)
 
+    def kept_of(self, width: int) -> int:
+        """How many weights a row of some width keeps."""
+        groups, rest = divmod(width, self.m)
+        return groups * self.n + min(rest, self.n)
+
     def project(self, scores: Tensor) -> Tensor:
         """The n largest scores of every group; ties go to one of the equal positions."""
         width = scores.shape[1]

@@ -1,0 +1,66 @@
+"""SparseGPT (Frantar & Alistarh 2023): one sweep over the columns, the error of each passed on to those after it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kfac_prune.linalg import inverse_upper_cholesky
+from kfac_prune.obs import NM, Pattern
+from kfac_prune.operators import Damping, DampingRecord
+
+#: The authors' damping, and the columns whose mask is chosen at once and whose error is passed on by one product.
+DAMPING, BLOCK = 0.01, 128
+#: Columns swept one by one before one product brings the rest of the block up to date: what is fast on a CPU.
+LEAF = 16
+
+
+def sparsegpt(weight: Tensor, a: Tensor, pattern: Pattern, *, where: str = "W") -> tuple[Tensor, Tensor, DampingRecord]:
+    """Prune one layer as algorithm 1 of the paper does.
+
+    With ``H = A + 0.01 mean(diag A) I`` and ``H⁻¹ = Uᵀ U``, U upper triangular, column j loses the weights off the mask
+    and every column k > j receives ``−(w_j / U_jj) U_jk``. Scores are ``w² / U_jj²`` of the weights as they have become
+    by then: an unstructured mask is chosen at the start of every block of 128 columns over all rows, an n:m mask at the
+    start of every group. A dead input (A_jj = 0) loses all its weights.
+
+    Args:
+        weight: W [out, in].
+        a: A [in, in], uncentred second moment of the inputs.
+        pattern: feasible masks.
+        where: the layer's name, for messages.
+
+    Returns:
+        X [out, in], zero off the mask; the mask [out, in], True = kept; what was added to A.
+
+    Raises:
+        InputError: A is zero or not finite.
+    """
+    h, record = Damping(DAMPING)(a.double(), name="A", where=where)
+    u = inverse_upper_cholesky(h).to(weight.dtype)
+    alive = a.diagonal() > 0
+    x = (weight * alive).T.contiguous()  # [in, out]: a column of W is contiguous
+    error, kept = torch.zeros_like(x), torch.ones_like(x, dtype=torch.bool)
+    if isinstance(pattern, NM):  # leaves and blocks of whole groups
+        group = pattern.m
+        leaf = max(LEAF // group, 1) * group
+        block = max(BLOCK // leaf, 1) * leaf
+    else:
+        group, leaf, block = BLOCK, LEAF, BLOCK
+    pivots = u.diagonal().square().unsqueeze(1)
+
+    def sweep(start: int, stop: int, widths: tuple[int, ...]) -> None:
+        """Prune columns start to stop in pieces of the first width, each piece by the widths after it."""
+        for begin in range(start, stop, widths[0]):
+            end = min(begin + widths[0], stop)
+            if len(widths) > 1:
+                sweep(begin, end, widths[1:])
+            else:
+                if begin % group == 0:
+                    chosen = slice(begin, begin + group)
+                    kept[chosen] = pattern.project((x[chosen].square() / pivots[chosen]).T).T
+                error[begin] = x[begin].masked_fill(kept[begin], 0.0) / u[begin, begin]
+                x[begin].masked_fill_(~kept[begin], 0.0)
+            x[end:stop].addmm_(u[begin:end, end:stop].T, error[begin:end], alpha=-1)
+
+    sweep(0, len(x), (block, leaf, 1))
+    return x.T.contiguous(), (kept & alive.unsqueeze(1)).T.contiguous(), record
