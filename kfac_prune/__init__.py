@@ -7,7 +7,7 @@
     plan = make_plan(layers, factors, sparsity=0.5, probe=Probe.on(model, windows))  # nothing has changed yet
     print(plan.table())
     dense = prune(layers, plan)                          # in place
-    plan, _ = refit(model, layers, plan, factors, windows, dense.swapped_in)
+    reconstruct_sparse(model, plan, factors, windows, dense.swapped_in, Reconstruction(epochs=8))
     save_model(model, tokenizer, Path("pruned"))
 
 ``run(Recipe(model=..., data=..., out=...))`` is all of it with measurement, as the command line does it.
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from kfac_prune.pipeline import run
     from kfac_prune.plan import Plan, Probe, make_plan, prune
     from kfac_prune.quality import Quality, evaluate
+    from kfac_prune.reconstruction import Reconstruction, reconstruct_sparse
     from kfac_prune.refitting import refit
     from kfac_prune.structure.prune import prune_structured, weights_target
+    from kfac_prune.structure.repair import reconstruct_smaller
 
 _HOME = {
     "Damping": "operators",
@@ -40,6 +42,7 @@ _HOME = {
     "Probe": "plan",
     "Quality": "quality",
     "Recipe": "config",
+    "Reconstruction": "reconstruction",
     "Windows": "data",
     "estimate_factors": "curvature.estimate",
     "evaluate": "quality",
@@ -51,6 +54,8 @@ _HOME = {
     "prunable_layers": "models",
     "prune": "plan",
     "prune_structured": "structure.prune",
+    "reconstruct_smaller": "structure.repair",
+    "reconstruct_sparse": "reconstruction",
     "refit": "refitting",
     "run": "pipeline",
     "save_model": "export",
@@ -66,6 +71,7 @@ __all__ = [
     "Probe",
     "Quality",
     "Recipe",
+    "Reconstruction",
     "Windows",
     "estimate_factors",
     "evaluate",
@@ -77,6 +83,8 @@ __all__ = [
     "prunable_layers",
     "prune",
     "prune_structured",
+    "reconstruct_smaller",
+    "reconstruct_sparse",
     "refit",
     "run",
     "save_model",

@@ -23,11 +23,10 @@ from kfac_prune.obs import NM
 from kfac_prune.operators import Damping
 from kfac_prune.plan import Probe, make_plan, prune
 from kfac_prune.quality import Quality, evaluate
-from kfac_prune.reconstruction import Reconstructed, Reconstruction, metrics, reconstruct, step_windows
+from kfac_prune.reconstruction import Reconstructed, Reconstruction, reconstruct_sparse
 from kfac_prune.refitting import Refitted, refit
 from kfac_prune.report import Stages, model_card, plan_record, result_record, shrunk_record, summary
 from kfac_prune.store import check_output, new_folder, work_folder
-from kfac_prune.stream import BlockStack
 from kfac_prune.structure.latency import latency_target, speeds
 from kfac_prune.structure.prune import Settings, find_groups, parameters_target, prune_structured, weights_target
 from kfac_prune.structure.repair import reconstruct_smaller
@@ -167,18 +166,16 @@ def _mask(job: Job) -> Outcome:
     reconstructed: list[Reconstructed] = []
     if recipe.reconstruct and plan.sparsity > 0:
         with stages("reconstruct"):
-            with dense.swapped_in():
-                shelf: Any = recipe.streams  # the recipe has checked it
-                stack = BlockStack(model, job.calibration, step_windows(job.calibration), shelf)
-            masks = {layer.name: layer.mask for layer in plan.layers}
-            reconstructed = reconstruct(
-                stack,
-                stack,
-                metrics(factors, damping),
+            shelf: Any = recipe.streams  # the recipe has checked it
+            reconstructed = reconstruct_sparse(
+                model,
+                plan,
+                factors,
+                job.calibration,
+                dense.swapped_in,
                 _reconstruction(recipe),
-                trained=masks,
-                masks=masks,
-                dense=dense.swapped_in,
+                damping=damping,
+                shelf=shelf,
                 quiet=job.quiet,
             )
     with stages("measure pruned"):

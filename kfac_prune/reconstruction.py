@@ -22,16 +22,18 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from kfac_prune.curvature.estimate import Factors
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.models import Layer
 from kfac_prune.operators import Damping
+from kfac_prune.plan import Plan
 from kfac_prune.ranks import largest, summed
 from kfac_prune.refitting import dense_pass
-from kfac_prune.store import content_hash, load_artifact, save_artifact
-from kfac_prune.stream import BlockStack, Writer, find_writers, observed
+from kfac_prune.store import Journal, content_hash
+from kfac_prune.stream import BlockStack, Shelf, Writer, find_writers, observed
 
 logger = logging.getLogger("kfac_prune")
 
@@ -92,6 +94,38 @@ def metrics(factors: Factors, damping: Damping) -> dict[str, Tensor]:
     return {name: damping(g, name="G", where=name)[0] for name, g in found.items()}
 
 
+def reconstruct_sparse(
+    model: PreTrainedModel,
+    plan: Plan,
+    factors: Factors,
+    windows: Windows,
+    dense: Callable[[], AbstractContextManager[None]],
+    settings: Reconstruction,
+    *,
+    damping: Damping | None = None,
+    shelf: Shelf = "cpu",
+    quiet: bool = True,
+) -> list[Reconstructed]:
+    """Reconstruct a model with zeros in place; its masks stay as they are.
+
+    Args:
+        model: pruned by the plan.
+        plan: that was applied.
+        factors: of the dense model, for the metric.
+        windows: calibration tokens [N, T]; masked positions are left out.
+        dense: a context in which the model has its dense weights (``WeightSwap.swapped_in``).
+        settings: epochs, unit, seed, folder.
+        damping: of the metric; None is ``Damping()``.
+        shelf: where streams wait.
+        quiet: show no progress bar.
+    """
+    with dense():
+        stack = BlockStack(model, windows, step_windows(windows), shelf)
+    masks = {layer.name: layer.mask for layer in plan.layers}
+    metric = metrics(factors, damping or Damping())
+    return reconstruct(stack, stack, metric, settings, trained=masks, masks=masks, dense=dense, quiet=quiet)
+
+
 def reconstruct(
     dense_stack: BlockStack,
     stack: BlockStack,
@@ -133,9 +167,9 @@ def reconstruct(
     if (most := largest(batches, stack.device)) != batches:
         raise InputError(f"{batches} batches in one process and {most} in another; share them out evenly")
     masks = masks or {}
-    journal = (
-        None if settings.folder is None else _Journal(settings.folder, _fingerprint(stack, settings, masks, dense))
-    )
+    journal = None
+    if settings.folder is not None:
+        journal = Journal(settings.folder, "reconstruction", _fingerprint(stack, settings, masks, dense))
     dense_stream, stream = list(dense_stack.entries), list(dense_stack.entries)
     records: list[Reconstructed] = []
     with tqdm(total=len(stack.names), desc="reconstruct", unit="block", disable=quiet) as bar:
@@ -147,11 +181,15 @@ def reconstruct(
                 if not part.trained:
                     continue
                 problem = _Problem(stack, index, part, stream, masks)
-                record = None if journal is None else journal.read(len(records), problem)
-                if record is None:
+                entry = f"{len(records):04} {part.name}"
+                finished = None if journal is None else journal.read(entry)
+                if finished is None:
                     record = problem.solve(settings)
                     if journal is not None:
-                        journal.write(len(records), problem, record)
+                        journal.write(entry, problem.state(), asdict(record))
+                else:
+                    problem.restore(finished[0])
+                    record = Reconstructed(**finished[1])
                 records.append(record)
                 bar.set_postfix_str(f"{record.name} {record.before:.2e} -> {record.after:.2e}")
             with torch.no_grad():
@@ -229,6 +267,14 @@ class _Problem:
         """Replace the trained parameters; the tensors that they had are not written to."""
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.data = value
+
+    def state(self) -> dict[str, Tensor]:
+        """The trained parameters by their number."""
+        return {str(i): p.data for i, p in enumerate(self.parameters)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what ``state`` gave."""
+        self.assign([state[str(i)].to(p.device) for i, p in enumerate(self.parameters)])
 
     def solve(self, settings: Reconstruction) -> Reconstructed:
         """Train from the present weights and leave the state with the lowest held-out objective."""
@@ -322,32 +368,6 @@ class _Problem:
         finally:
             for p, flag in zip(everything, flags, strict=True):
                 p.requires_grad_(flag)
-
-
-@dataclass(frozen=True)
-class _Journal:
-    """Finished blocks on disk, each with the fingerprint of the run that it belongs to."""
-
-    folder: Path
-    key: str
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"reconstruction-{number:04}.safetensors"
-
-    def read(self, number: int, problem: _Problem) -> Reconstructed | None:
-        """Take over the weights of a block that was finished before; None if it was not."""
-        found = load_artifact(self._path(number), f"{self.key} {problem.part.name}")
-        if found is None:
-            return None
-        tensors, record = found
-        values = [tensors[str(i)].to(p.device) for i, p in enumerate(problem.parameters)]
-        problem.assign(values)
-        return Reconstructed(**record)
-
-    def write(self, number: int, problem: _Problem, record: Reconstructed) -> None:
-        """Leave a block that is finished."""
-        tensors = {str(i): p.data for i, p in enumerate(problem.parameters)}
-        save_artifact(self._path(number), tensors, key=f"{self.key} {problem.part.name}", record=asdict(record))
 
 
 def _fingerprint(

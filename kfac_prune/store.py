@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,32 @@ def load_artifact(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, An
     if content != content_hash(tensors):
         raise InputError(f"{path} is broken (its content does not have the hash that it states); {remedy}")
     return tensors, record
+
+
+@dataclass(frozen=True)
+class Journal:
+    """The finished parts of a stage, from which a run that was interrupted goes on.
+
+    Attributes:
+        folder: of the artefacts.
+        stage: name of the stage, with which their file names begin.
+        key: of the run: a hash of all that decides the result.
+    """
+
+    folder: Path
+    stage: str
+    key: str
+
+    def _path(self, part: str) -> Path:
+        return self.folder / f"{self.stage}-{part.replace(' ', '-')}.safetensors"
+
+    def read(self, part: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What ``write`` left of a part; None if it was not finished. Errors as ``load_artifact``."""
+        return load_artifact(self._path(part), f"{self.key} {part}")
+
+    def write(self, part: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Leave a part that is finished."""
+        save_artifact(self._path(part), tensors, key=f"{self.key} {part}", record=record)
 
 
 def content_hash(tensors: Mapping[str, Tensor]) -> str:

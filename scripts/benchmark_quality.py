@@ -29,13 +29,11 @@ from kfac_prune.curvature.estimate import Factors, estimate_factors
 from kfac_prune.data import Windows, consecutive_windows, read_documents, sample_windows, token_stream
 from kfac_prune.models import context_length, load_model, load_tokenizer, prunable_layers
 from kfac_prune.obs import NM
-from kfac_prune.operators import Damping
 from kfac_prune.plan import Plan, Probe, loss_curves, make_plan, prune
 from kfac_prune.quality import Quality, evaluate
-from kfac_prune.reconstruction import Reconstruction, metrics, reconstruct, step_windows
+from kfac_prune.reconstruction import Reconstruction, reconstruct_sparse
 from kfac_prune.refitting import refit
 from kfac_prune.report import peak_memory_bytes, versions
-from kfac_prune.stream import BlockStack
 
 ROOT = Path(__file__).resolve().parents[1]
 WIKITEXT, STORIES = ("wikitext2_train.txt", "wikitext2_test.txt"), ("tinystories_train.txt", "tinystories_test.json")
@@ -86,8 +84,6 @@ NAMES = {
 }
 #: What follows the one-shot solution, in the order of the table.
 REPAIRS = ("none", "refit", "reconstruction")
-#: Of the reconstruction, as the command line's default.
-EPOCHS = RECONSTRUCT
 BEGIN, END = "<!-- quality table: begin -->", "<!-- quality table: end -->"
 
 
@@ -200,7 +196,6 @@ class Benchmark:
             probe=Probe.on(self.model, self.calibration, self.batch) if probed else None,
         ))  # fmt: skip
         swap = prune(self.layers, plan)
-        masks = {layer.name: layer.mask for layer in plan.layers}
         pruned = [(layer, layer.weight, layer.bias) for layer in self.layers]
         for repair in wanted:
             for layer, weight, bias in pruned:
@@ -212,11 +207,8 @@ class Benchmark:
                     batch_size=self.batch,
                 ))  # fmt: skip
             elif repair == "reconstruction":
-                with swap.swapped_in():
-                    stack = BlockStack(self.model, self.calibration, step_windows(self.calibration))
-                self.timed("repair", lambda stack=stack: reconstruct(
-                    stack, stack, metrics(self.factors, Damping()), Reconstruction(EPOCHS), trained=masks, masks=masks,
-                    dense=swap.swapped_in,
+                self.timed("repair", lambda: reconstruct_sparse(
+                    self.model, plan, self.factors, self.calibration, swap.swapped_in, Reconstruction(RECONSTRUCT)
                 ))  # fmt: skip
             self.write(cell_name(method, repair), level, plan, evaluate(
                 self.model, self.test, dense=swap.swapped_in, batch_size=self.batch

@@ -150,13 +150,16 @@ def test_methods_of_the_field_are_planned_like_the_others(problem, method, patte
 
 
 class Doubling(Probe):
+    def __init__(self):
+        pass
+
     """Finds every other layer twice as sensitive as predicted."""
 
     def __call__(self, layer, planned):
         return planned.predicted * (2 if "mlp" in layer.name else 1)
 
 
-@pytest.mark.parametrize("probe", [None, Doubling(None, None)], ids=["trusting", "probed"])
+@pytest.mark.parametrize("probe", [None, Doubling()], ids=["trusting", "probed"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.2, 0.4, 0.45])
 def test_a_partly_dense_plan_is_the_best_choice_of_layers(problem, sparsity, probe):
     _, _, layers, factors = problem
