@@ -31,7 +31,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import kfac_prune
-from kfac_prune import pipeline
+from kfac_prune import pipeline, reconstruction
 from kfac_prune.config import BASELINES, METHODS, Recipe, read_recipe
 from kfac_prune.errors import InputError
 from kfac_prune.models import prunable_layers
@@ -271,13 +271,13 @@ def test_predictions_are_finite_and_solutions_near_optimal(case):
 
 def test_stages_are_told_in_order(case):
     assert [line[2:] for line in case.lines if line.startswith("- ")] == list(case.record["stages"])
-    refit = ["refit"] if case.recipe.method in ("kfac", "layerwise") else []
+    repaired = ["reconstruct"] if case.recipe.method in ("kfac", "layerwise") else []
     assert list(case.record["stages"]) == [
         "load",
         "curvature",
         "plan",
         "measure dense",
-        *refit,
+        *repaired,
         "measure pruned",
         "save",
     ]
@@ -536,6 +536,33 @@ def test_reconstruction_of_a_sparse_model(unit, recipe):
     assert list(record["stages"])[-3:] == ["reconstruct", "measure pruned", "save"]
     model = load(made.out)
     assert all(NM(2, 4).is_valid(layer.weight != 0) for layer in prunable_layers(model))
+
+
+@pytest.mark.parametrize("fields", [{"pattern": "2:4"}, {"structured": "ffn", "shots": 1}], ids=["sparse", "smaller"])
+def test_a_killed_run_is_resumed_to_the_same_bytes(fields, recipe, tmp_path, monkeypatch):
+    whole = recipe("opt", reconstruct=2, **fields)
+    run(whole)
+    made = dataclasses.replace(whole, out=str(tmp_path / "other"), resume=True)
+    solve, calls = reconstruction._Problem.solve, []
+
+    def dies(*arguments):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(arguments[0].part.name)
+        return solve(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reconstruction._Problem, "solve", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(made)
+        assert not Path(made.out).exists()
+        assert len(list((tmp_path / "other.work").iterdir())) == 1
+        patch.setattr(reconstruction._Problem, "solve", lambda *a: calls.append(a[0].part.name) or solve(*a))
+        run(made)
+    assert bytes_of(whole.out) == bytes_of(made.out)
+    assert len(set(calls)) == len(calls) == 2
+    assert not (tmp_path / "other.work").exists()
+    assert "resume: false" in (Path(made.out) / "recipe.yaml").read_text()
 
 
 def test_parameters_that_were_asked_for(recipe):
