@@ -16,6 +16,7 @@ from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.linalg import kth_largest
 from kfac_prune.models import Layer, WeightSwap
+from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.obs import FAST, NM, Solution, Unstructured, saliency, solve
 from kfac_prune.operators import Curvature, Damping, DampingRecord, quadratic_loss
 from kfac_prune.quality import evaluate
@@ -85,10 +86,10 @@ class Plan:
         kept = sum(int(layer.mask.sum()) for layer in self.layers)
         return 1 - kept / sum(layer.mask.numel() for layer in self.layers)
 
-    def table(self) -> str:
-        """Layer by layer: shape, sparsity, predicted loss, as aligned text."""
+    def table(self, unit: str = "token") -> str:
+        """Layer by layer: shape, sparsity, predicted loss per unit of the objective, as aligned text."""
         width = max(len("total"), *(len(layer.name) for layer in self.layers))
-        lines = [f"{'layer':{width}}  {'out x in':>13}  sparsity  predicted loss (nats/token)"]
+        lines = [f"{'layer':{width}}  {'out x in':>13}  sparsity  predicted loss (nats/{unit})"]
         for layer in self.layers:
             shape = f"{layer.mask.shape[0]} x {layer.mask.shape[1]}"
             notes = [f"damping of {r.factor} raised to {r.relative:g}" for r in layer.damping if r.raised]
@@ -168,24 +169,34 @@ class Probe:
         model: dense.
         windows: calibration tokens to measure on; a few thousand do.
         batch_size: windows per pass.
+        objective: what the model computes.
     """
 
     model: PreTrainedModel
     windows: Windows
     batch_size: int = 4
+    objective: Objective = CAUSAL
 
     @classmethod
-    def on(cls, model: PreTrainedModel, calibration: Windows, batch_size: int = 4) -> Probe:
+    def on(
+        cls, model: PreTrainedModel, calibration: Windows, batch_size: int = 4, objective: Objective = CAUSAL
+    ) -> Probe:
         """A probe on the last few calibration windows."""
         few = calibration.split(PROBE_WINDOWS)[1] if len(calibration) > PROBE_WINDOWS else calibration
-        return cls(model, few, batch_size)
+        return cls(model, few, batch_size, objective)
 
     def __call__(self, layer: Layer, planned: PlannedLayer) -> float:
         """KL(dense‖model with this layer pruned), nats per token; the model is dense again afterwards."""
         dense = WeightSwap([layer])
         layer.assign(planned.weight, planned.bias)
         try:
-            kl = evaluate(self.model, self.windows, dense=dense.swapped_in, batch_size=self.batch_size).kl
+            kl = evaluate(
+                self.model,
+                self.windows,
+                objective=self.objective,
+                dense=dense.swapped_in,
+                batch_size=self.batch_size,
+            ).kl
         finally:
             dense.restore()
         assert kl is not None
