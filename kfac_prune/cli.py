@@ -53,13 +53,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser(
         "eval",
-        help="loss, perplexity and sparsity of a model, and KL to its dense form",
-        description="Measure a model on text: loss and KL in nats per token, perplexity, sparsity.",
+        help="loss, perplexity and sparsity of a model, and how far it is from its dense form",
+        description="Measure a model on text: sparsity; loss in nats per token and perplexity of a causal language "
+        "model; and against its dense form KL, for an embedding also cosine and nearest neighbours kept, for classes "
+        "agreement.",
     )
     evaluate.add_argument("model", help="model to measure: a local folder or a hub id")
     evaluate.add_argument("--dense", help="the model before pruning, for KL(dense‖pruned); default: no KL")
-    for name in ("data", "separator", "text_field", "eval_samples", "seqlen", "batch_size", "device", "dtype",
-                 "trust_remote_code"):  # fmt: skip
+    for name in ("data", "objective", "separator", "text_field", "eval_samples", "seqlen", "batch_size", "device",
+                 "dtype", "trust_remote_code"):  # fmt: skip
         _add_option(evaluate, _field(name), required=name == "data")
     evaluate.set_defaults(run=_eval)
 

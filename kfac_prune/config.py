@@ -66,6 +66,13 @@ class Recipe:
         "", "calibration text: a .txt, .jsonl or .json file, a folder of them, or a hub data set name[:config]"
     )
     out: str = _option("", "folder for the pruned model")
+    objective: str = _option(
+        "auto",
+        "what the model should go on computing: the distribution of tokens, that of classes, or the sentence embedding "
+        "(½ squared distance of the vectors); for the last two every document is one sequence; auto = what the "
+        "checkpoint's architecture is for",
+        choices=("auto", "tokens", "classes", "embedding"),
+    )
     eval_data: str | None = _option(
         None, "held-out text to measure on, same forms as --data; default: the last tenth of --data, not calibrated on"
     )

@@ -51,6 +51,13 @@ class WindowBatch:
     input_ids: Tensor  # [B, T] int64
     attention_mask: Tensor | None  # [B, T] bool, True = a real token; None = no padding
 
+    def trimmed(self) -> "WindowBatch":
+        """Without the columns on the right that are padding in every row."""
+        if self.attention_mask is None or not self.attention_mask.any():
+            return self
+        length = int(self.attention_mask.any(0).nonzero().max()) + 1
+        return WindowBatch(self.index, self.input_ids[:, :length], self.attention_mask[:, :length])
+
 
 @dataclass(frozen=True, eq=False)
 class Windows:
@@ -305,6 +312,47 @@ def consecutive_windows(stream: Tensor, count: int, seqlen: int, *, name: str = 
         gives = f"{name} gives {tokens} tokens; {count} windows of {seqlen} need at least {need}"
         raise InputError(f"{gives}: add text, or lower --samples / --seqlen")
     return Windows(stream[:need].view(count, seqlen))
+
+
+def sequence_windows(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], seqlen: int) -> Windows:
+    """One row per text: with the tokenizer's special tokens, cut to `seqlen` tokens, padded on the right."""
+    _check_size(len(texts), seqlen)
+    rows = tokenizer(list(texts), truncation=True, max_length=seqlen, return_attention_mask=False, verbose=False)
+    ids = [torch.tensor(row, dtype=torch.int64) for row in rows["input_ids"]]
+    lengths = torch.tensor([len(row) for row in ids])
+    fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=fill)
+    return Windows(padded, torch.arange(padded.shape[1]) < lengths.unsqueeze(1))
+
+
+def choose_texts(
+    documents: Sequence[Document], held: Sequence[Document] | None, counts: tuple[int, int], seed: int, share: float
+) -> tuple[list[str], list[str]]:
+    """Texts to calibrate on and, none of them among these, to measure on; both at random.
+
+    Args:
+        documents: to choose from; equal ones count once.
+        held: to measure on; None sets the last `share` of `documents` apart.
+        counts: of the former, exactly, and of the latter, at most.
+        seed: equal arguments give equal texts.
+        share: see `held`.
+    """
+    texts = list(dict.fromkeys(document.text for document in documents))
+    rest = list(dict.fromkeys(document.text for document in held)) if held is not None else []
+    if held is None:
+        cut = len(texts) - int(share * len(texts))
+        texts, rest = texts[:cut], texts[cut:]
+    generator = torch.Generator().manual_seed(seed)
+    chosen = [texts[i] for i in torch.randperm(len(texts), generator=generator)[: counts[0]].tolist()]
+    known = set(chosen)
+    rest = [text for text in rest if text not in known]
+    if len(chosen) < counts[0] or len(rest) < 2:
+        raise InputError(
+            f"{len(texts)} documents to calibrate on and {len(rest)} others to measure on, each of them one sequence; "
+            f"needed are {counts[0]} (--samples) and at least 2: say what separates documents of a text file "
+            r"(--separator '\n' makes every line one), add text, or lower --samples"
+        )
+    return chosen, [rest[i] for i in torch.randperm(len(rest), generator=generator)[: counts[1]].tolist()]
 
 
 def load_windows(

@@ -128,6 +128,7 @@ def draw(dense: Quality, rows: list[dict[str, Any]], path: Path) -> bool:
         line = [(row["sparsity"], row["loss"]) for row in mine if row["level"] != "2:4"]
         axes.plot(*zip(*line, strict=True), marker="o", color=color, label=label)
         axes.plot(*[[row[k] for row in mine if row["level"] == "2:4"] for k in ("sparsity", "loss")], "D", color=color)
+    assert dense.loss is not None
     axes.axhline(dense.loss, linestyle=":", color="black", label="dense")
     axes.plot([], [], "D", color="black", label="diamonds: 2:4")
     axes.set(xlabel="sparsity of the linear layers", ylabel="held-out loss (nats per token)")

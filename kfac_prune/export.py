@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kfac_prune import pruned_model
 from kfac_prune.models import load
+from kfac_prune.objective import modules_of, side_file
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
@@ -24,6 +26,19 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
         (folder / "pruned_model.py").write_text(code.replace("@BASE@", base), encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def save_side_files(source: str, folder: Path) -> None:
+    """Take along what makes a sentence-transformers model of an encoder: its list of modules and their settings."""
+    if side_file(source, "modules.json") is None:
+        return
+    names = ["modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"]
+    names += [f"{path}/config.json" for path in modules_of(source).values() if path]
+    for name in names:
+        file = side_file(source, name)
+        if file is not None:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, folder / name)
 
 
 def verify_saved(model: PreTrainedModel, folder: Path, *, trust_remote_code: bool = False) -> None:

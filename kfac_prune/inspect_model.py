@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kfac_prune.errors import InputError
-from kfac_prune.models import Layer, class_with_own_widths, load_config, prunable_layers
+from kfac_prune.models import LOADERS, Layer, class_with_own_widths, head_of, load_config, prunable_layers
 from kfac_prune.structure.groups import FfnUnits, Group, find_ffn, find_heads, saving
 from kfac_prune.structure.shrink import accepted_heads
 
@@ -25,7 +25,7 @@ def describe(
         trust_remote_code: run code that comes with the checkpoint.
 
     Raises:
-        InputError: not a causal language model, or a pattern that matches nothing.
+        InputError: a model of another kind, or a pattern that matches nothing.
     """
     config = load_config(source, trust_remote_code=trust_remote_code)
     own = class_with_own_widths(config)
@@ -33,7 +33,7 @@ def describe(
         if own is not None:
             model = own(config)
         else:
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = LOADERS[head_of(config) or "causal"].from_config(config, trust_remote_code=trust_remote_code)
     model.tie_weights()
     layers = prunable_layers(model, include, ignore)
     width = max(len(layer.name) for layer in layers)

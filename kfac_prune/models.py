@@ -8,12 +8,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -23,6 +32,14 @@ from transformers.pytorch_utils import Conv1D
 from kfac_prune.errors import InputError
 from kfac_prune.pruned_model import with_own_widths
 
+#: What a model ends in, told by the name of its architecture.
+Head = Literal["causal", "masked", "classes", "encoder"]
+LOADERS: dict[Head, Any] = {
+    "causal": AutoModelForCausalLM,
+    "masked": AutoModelForMaskedLM,
+    "classes": AutoModelForSequenceClassification,
+    "encoder": AutoModel,
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -122,7 +139,7 @@ def prunable_layers(model: PreTrainedModel, include: Sequence[str] = (), ignore:
     Raises:
         InputError: a pattern matches no layer, or none is left.
     """
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() or _classifier(model)
     embedded = model.get_input_embeddings()
     tied = {id(m.weight) for m in (head, embedded) if m is not None and hasattr(m, "weight")}
     layers: list[Layer] = []
@@ -149,6 +166,14 @@ def prunable_layers(model: PreTrainedModel, include: Sequence[str] = (), ignore:
     return kept
 
 
+def _classifier(model: PreTrainedModel) -> nn.Module | None:
+    """The last linear layer of a sequence classifier, if it gives the classes' logits."""
+    if "ForSequenceClassification" not in type(model).__name__:
+        return None
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return linear[-1] if linear and linear[-1].out_features == model.config.num_labels else None
+
+
 def find_blocks(model: nn.Module, layers: Iterable[Layer]) -> tuple[list[str], list[nn.Module]]:
     """Names and modules of the repeated blocks: the list of modules that holds most of the layers."""
     names = [layer.name for layer in layers]
@@ -170,10 +195,10 @@ def _reason(error: Exception) -> str:
 
 
 def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
-    """The model's configuration, checked to be that of a causal language model that can be pruned.
+    """The model's configuration, checked to be that of a model that can be pruned (see ``head_of``).
 
     Raises:
-        InputError: no such folder or hub id, no causal language model, or a quantised checkpoint.
+        InputError: no such folder or hub id, a model of another kind, or a quantised checkpoint.
     """
     try:
         folder = Path(source).expanduser()
@@ -196,29 +221,44 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
         raise InputError(f"{source}{what}: {_reason(error)}") from error
     if getattr(config, "quantization_config", None):
         raise InputError(f"{source} is a quantised checkpoint; prune the full-precision model, then quantise that")
-    architectures = config.architectures or []
-    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in (
-        getattr(config, "auto_map", None) or {}
-    )
-    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:  # BERT and its kin see both sides unless told otherwise
-        known = known and getattr(config, "is_decoder", True)
-    if not known or (architectures and not any("CausalLM" in a or "LMHead" in a for a in architectures)):
+    if head_of(config) is None:
         raise InputError(
-            f"{source} is not a causal language model (type {config.model_type}, architectures {architectures}); "
-            "its text loss is not defined"
+            f"{source} is not a causal language model, nor a masked one, a sequence classifier or a bare encoder (type "
+            f"{config.model_type}, architectures {config.architectures or []}); what it should still do is not defined"
         )
     return config
 
 
+def head_of(config: Any) -> Head | None:
+    """What a model with this configuration ends in; None for any other kind of model."""
+    names = config.architectures or []
+    name = names[0].removeprefix("Pruned") if names else ""
+    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_encoder_decoder
+    if "ForMaskedLM" in name:
+        return "masked" if encoder else None
+    if "ForSequenceClassification" in name:
+        return None if config.is_encoder_decoder else "classes"
+    both_sides = encoder and not getattr(config, "is_decoder", True)  # BERT and its kin, unless told otherwise
+    if name.endswith("Model") and "LMHead" not in name:
+        return "encoder" if both_sides or (encoder and not hasattr(config, "is_decoder")) else None
+    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in (
+        getattr(config, "auto_map", None) or {}
+    )
+    named = not names or any("CausalLM" in a or "LMHead" in a for a in names)
+    return "causal" if causal and named and not both_sides else None
+
+
 def load(source: str | Path, **options: Any) -> PreTrainedModel:
-    """``from_pretrained`` for any causal language model, those with widths of their own included, without remote code.
+    """``from_pretrained`` with the class that fits the checkpoint, models with widths of their own included.
+
+    Those need no remote code here.
 
     Args:
         source: local folder or hub id.
         options: of ``from_pretrained``.
     """
     config = AutoConfig.from_pretrained(source, trust_remote_code=options.get("trust_remote_code", False))
-    kind = class_with_own_widths(config) or AutoModelForCausalLM
+    kind = class_with_own_widths(config) or LOADERS[head_of(config) or "causal"]
     return cast(PreTrainedModel, kind.from_pretrained(source, **options))
 
 
@@ -232,7 +272,7 @@ def class_with_own_widths(config: Any) -> Any:
 def load_model(
     source: str, *, dtype: str | None = None, device: str = "cpu", trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Load a causal language model for pruning: evaluation mode, finite weights.
+    """Load a model for pruning: evaluation mode, finite weights.
 
     Args:
         source: local folder or hub id.

@@ -9,32 +9,54 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kfac_prune.config import Recipe, parse_pattern
-from kfac_prune.curvature.estimate import estimate_factors
-from kfac_prune.data import Windows, consecutive_windows, read_documents, sample_windows, token_stream
+from kfac_prune.curvature.estimate import estimate_factors, participants
+from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
-from kfac_prune.export import save_model, verify_saved
+from kfac_prune.export import save_model, save_side_files, verify_saved
+from kfac_prune.inputs import (
+    check_tokens,
+    evaluation_windows,
+    has_writers,
+    load_data,
+    reached_layers,
+    resolve_device,
+    vocabulary_size,
+)
 from kfac_prune.inspect_model import coverage
-from kfac_prune.models import Layer, context_length, load_config, load_model, load_tokenizer, prunable_layers
+from kfac_prune.models import (
+    Layer,
+    head_of,
+    load_config,
+    load_model,
+    load_tokenizer,
+    prunable_layers,
+)
+from kfac_prune.objective import CAUSAL, Objective, find_objective
 from kfac_prune.obs import NM
 from kfac_prune.operators import Damping
 from kfac_prune.plan import Probe, make_plan, prune
 from kfac_prune.quality import Quality, evaluate
 from kfac_prune.reconstruction import Reconstructed, Reconstruction, reconstruct_sparse
 from kfac_prune.refitting import Refitted, refit
-from kfac_prune.report import Stages, model_card, plan_record, result_record, shrunk_record, summary
+from kfac_prune.report import (
+    DIVERGENCES,
+    LIKENESS,
+    Stages,
+    model_card,
+    plan_record,
+    result_record,
+    shrunk_record,
+    summary,
+)
 from kfac_prune.store import check_output, new_folder, work_folder
 from kfac_prune.structure.latency import latency_target, speeds
 from kfac_prune.structure.prune import Settings, find_groups, parameters_target, prune_structured, weights_target
 from kfac_prune.structure.repair import reconstruct_smaller
 
 logger = logging.getLogger("kfac_prune")
-
-#: Share of --data that is kept from calibration and measured on when no --eval-data is given.
-HELD_OUT = 0.1
 
 
 @dataclass(frozen=True)
@@ -47,6 +69,7 @@ class Job:
     quiet: bool
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    objective: Objective
     layers: list[Layer]
     calibration: Windows
     held_out: Windows
@@ -80,13 +103,25 @@ def run(recipe: Recipe, *, echo: Callable[[str], None] = logger.info, quiet: boo
     job = _load(recipe, echo, quiet)
     if not recipe.resume:
         shutil.rmtree(work_folder(recipe.out), ignore_errors=True)
+    recipe = job.recipe
     outcome = _shrink(job) if recipe.structured else _mask(job)
     with new_folder(recipe.out, overwrite=recipe.overwrite) as folder:
         with job.stages("save"):
             save_model(outcome.model, job.tokenizer, folder)
+            save_side_files(recipe.model, folder)
             verify_saved(outcome.model, folder, trust_remote_code=recipe.trust_remote_code)
+        loading = {
+            "head": head_of(job.model.config),
+            "sentence_transformers": (folder / "modules.json").is_file(),
+        }
         record = result_record(
-            recipe, job.calibration, outcome.dense, outcome.pruned, job.stages, own_part=outcome.record
+            recipe,
+            job.objective,
+            job.calibration,
+            outcome.dense,
+            outcome.pruned,
+            job.stages,
+            own_part=loading | outcome.record,
         )
         (folder / "recipe.yaml").write_text(replace(recipe, resume=False).to_yaml(), encoding="utf-8")
         (folder / "kfac_prune.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -100,11 +135,14 @@ def run(recipe: Recipe, *, echo: Callable[[str], None] = logger.info, quiet: boo
 def _load(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
     """Model and text, with every check that needs no long work."""
     check_output(recipe.out, overwrite=recipe.overwrite)
-    load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    objective = find_objective(recipe.objective, recipe.model, config)
+    if recipe.fisher != "sampled" and objective.unit == "sequence":
+        raise InputError(f"the text holds no labels for the objective {objective.name}; fisher can only be sampled")
     stages = Stages(echo)
     with stages("load"):
         tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
-        calibration, held_out = load_data(recipe, tokenizer)
+        calibration, held_out = load_data(recipe, tokenizer, objective)
         model = load_model(
             recipe.model,
             dtype=None if recipe.dtype == "auto" else recipe.dtype,
@@ -113,18 +151,24 @@ def _load(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
         )
         check_tokens(model, calibration, held_out)
         layers = prunable_layers(model, recipe.include, recipe.ignore)
+        if objective.unit == "sequence":
+            layers = reached_layers(model, layers, calibration, objective, echo)
         check_output(recipe.out, overwrite=recipe.overwrite, need_bytes=int(1.1 * model.get_memory_footprint()))
     echo(coverage(model, layers))
-    return Job(recipe, stages, echo, quiet, model, tokenizer, layers, calibration, held_out)
+    if recipe.refit and not has_writers(model, calibration):
+        echo(f"no refit: the blocks of {type(model).__name__} normalise what they add to the residual stream")
+        recipe = replace(recipe, refit=False)
+    return Job(recipe, stages, echo, quiet, model, tokenizer, objective, layers, calibration, held_out)
 
 
 def _mask(job: Job) -> Outcome:
     """Unstructured and n:m pruning: zeros, in place."""
     recipe, model, layers, stages = job.recipe, job.model, job.layers, job.stages
     options: Any = {"batch_size": recipe.batch_size, "quiet": job.quiet}
+    measured: Any = {"objective": job.objective, **options}
     with stages("curvature"):
         fisher: Any = recipe.fisher  # the recipe has checked it
-        factors = estimate_factors(model, layers, job.calibration, fisher=fisher, seed=recipe.seed, **options)
+        factors = estimate_factors(model, layers, job.calibration, fisher=fisher, seed=recipe.seed, **measured)
     with stages("plan"):
         groups = parse_pattern(recipe.pattern)
         assert recipe.sparsity is not None
@@ -139,12 +183,12 @@ def _mask(job: Job) -> Outcome:
             method=recipe.method,  # type: ignore[arg-type]  # the recipe has checked it
             allocation=recipe.allocation,
             damping=damping,
-            probe=Probe.on(model, job.calibration, recipe.batch_size),
+            probe=Probe.on(model, job.calibration, recipe.batch_size, job.objective),
             quiet=job.quiet,
         )
-        job.echo(plan.table())
+        job.echo(plan.table(job.objective.unit))
     with stages("measure dense"):
-        dense_quality = evaluate(model, job.held_out, label="dense", **options)
+        dense_quality = evaluate(model, job.held_out, label="dense", **measured)
     dense = prune(layers, plan)
     refitted: list[Refitted] = []
     if recipe.refit and plan.sparsity > 0:
@@ -179,7 +223,7 @@ def _mask(job: Job) -> Outcome:
                 quiet=job.quiet,
             )
     with stages("measure pruned"):
-        pruned_quality = evaluate(model, job.held_out, dense=dense.swapped_in, label="pruned", **options)
+        pruned_quality = evaluate(model, job.held_out, dense=dense.swapped_in, label="pruned", **measured)
     covered = sum(layer.mask.numel() for layer in plan.layers) / model.num_parameters()
     return Outcome(model, dense_quality, pruned_quality, plan_record(plan, refitted, reconstructed, covered))
 
@@ -203,8 +247,9 @@ def _shrink(job: Job) -> Outcome:
     else:
         assert recipe.sparsity is not None
         target = weights_target(model, job.layers, recipe.sparsity)
+    measured: Any = {"objective": job.objective, "batch_size": recipe.batch_size, "quiet": job.quiet}
     with stages("measure dense"):
-        dense = evaluate(model, job.held_out, batch_size=recipe.batch_size, quiet=job.quiet, label="dense")
+        dense = evaluate(model, job.held_out, label="dense", **measured)
     with stages("shrink"):
         best, others = prune_structured(
             model,
@@ -219,6 +264,7 @@ def _shrink(job: Job) -> Outcome:
                 refit=recipe.refit,
                 multiple=recipe.multiple,
                 damping=Damping(recipe.damping),
+                objective=job.objective,
                 fisher=fisher,
                 seed=recipe.seed,
                 batch_size=recipe.batch_size,
@@ -232,15 +278,9 @@ def _shrink(job: Job) -> Outcome:
         with stages("reconstruct"):
             width = model.config.get_text_config().hidden_size
             writers = [layer for layer in prunable_layers(model) if layer.shape[0] == width]  # among others
-            factors = estimate_factors(
-                model,
-                writers,
-                job.calibration,
-                fisher=fisher,
-                seed=recipe.seed,
-                batch_size=recipe.batch_size,
-                quiet=job.quiet,
-            )
+            if job.objective.unit == "sequence":
+                writers = participants(model, writers, job.calibration, job.objective)
+            factors = estimate_factors(model, writers, job.calibration, fisher=fisher, seed=recipe.seed, **measured)
             reconstructed = reconstruct_smaller(
                 model,
                 best.model,
@@ -252,9 +292,7 @@ def _shrink(job: Job) -> Outcome:
                 quiet=job.quiet,
             )
     with stages("measure pruned"):
-        pruned = evaluate(
-            best.model, job.held_out, dense=model, batch_size=recipe.batch_size, quiet=job.quiet, label="pruned"
-        )
+        pruned = evaluate(best.model, job.held_out, dense=model, label="pruned", **measured)
     with stages("measure speed"):
         speed = speeds([model, best.model], recipe.seqlen)
     if recipe.target_latency is not None and speed[1].prefill_ms > recipe.target_latency:
@@ -273,74 +311,11 @@ def _reconstruction(recipe: Recipe) -> Reconstruction:
     return Reconstruction(recipe.reconstruct, unit, recipe.seed, work_folder(recipe.out))
 
 
-def resolve_device(name: str) -> str:
-    """Turn "auto" into a device that exists, and check any other.
-
-    Raises:
-        InputError: torch does not know the device or cannot use it.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except Exception as error:  # torch raises RuntimeError, AssertionError or AcceleratorError by kind of device
-        raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return name
-
-
-def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Windows, Windows]:
-    """Calibration windows at random starts, and held-out windows that share no text with them.
-
-    Raises:
-        InputError: a text is missing, empty or too short.
-    """
-    options: Any = {"separator": recipe.separator, "field": recipe.text_field}
-    stream = token_stream(tokenizer, read_documents(recipe.data, **options))
-    if recipe.eval_data is not None:
-        documents = read_documents(recipe.eval_data, **options, split="test")
-        held, name = token_stream(tokenizer, documents), recipe.eval_data
-    else:
-        cut = len(stream) - int(HELD_OUT * len(stream))
-        stream, held, name = stream[:cut], stream[cut:], f"the last tenth of {recipe.data}"
-    if len(held) < recipe.seqlen:
-        raise InputError(
-            f"{name} gives {len(held)} tokens to measure on; a window needs {recipe.seqlen}: "
-            "add text, name --eval-data, or lower --seqlen"
-        )
-    count = min(recipe.eval_samples, len(held) // recipe.seqlen)
-    return (
-        sample_windows(stream, recipe.samples, recipe.seqlen, recipe.seed, name=recipe.data),
-        consecutive_windows(held, count, recipe.seqlen, name=name),
-    )
-
-
-def check_tokens(model: PreTrainedModel, *windows: Windows) -> None:
-    """The model can read these windows: not longer than its context, no token outside its vocabulary.
-
-    Raises:
-        InputError: it cannot.
-    """
-    limit = context_length(model)
-    vocabulary = vocabulary_size(model)
-    for one in windows:
-        length, largest = one.input_ids.shape[1], int(one.input_ids.max())
-        if limit is not None and length > limit:
-            raise InputError(f"--seqlen is {length}, and the model's context is {limit} tokens; lower --seqlen")
-        if largest >= vocabulary:
-            raise InputError(
-                f"the tokenizer gives token {largest}, and the model knows {vocabulary}; they do not belong together"
-            )
-
-
-def vocabulary_size(model: PreTrainedModel) -> int:
-    """Rows of the input embeddings."""
-    embeddings = model.get_input_embeddings().weight
-    assert isinstance(embeddings, torch.Tensor)
-    return embeddings.shape[0]
-
-
 def measure(recipe: Recipe, *, dense_source: str | None = None, quiet: bool = True) -> str:
-    """Loss, perplexity, sparsity and, with a dense model, KL of a model on the first windows of a text.
+    """What a model is worth on a text: its sparsity, and what its objective tells.
+
+    A causal language model has a loss and a perplexity on the first windows; any model has, with a dense one beside it,
+    the divergence of its outputs, and where it is of sequences also how alike they are.
 
     Args:
         recipe: of which model, data, their options, eval_samples, seqlen, batch_size, device and dtype are used.
@@ -353,18 +328,22 @@ def measure(recipe: Recipe, *, dense_source: str | None = None, quiet: bool = Tr
     device = resolve_device(recipe.device)
     dtype = None if recipe.dtype == "auto" else recipe.dtype
     options: Any = {"dtype": dtype, "device": device, "trust_remote_code": recipe.trust_remote_code}
-    for source in (recipe.model, dense_source):
-        if source is not None:
-            load_config(source, trust_remote_code=recipe.trust_remote_code)
-    tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
-    documents = read_documents(recipe.data, separator=recipe.separator, field=recipe.text_field, split="test")
-    stream = token_stream(tokenizer, documents)
-    if len(stream) < recipe.seqlen:
+    objectives = [
+        find_objective(recipe.objective, source, load_config(source, trust_remote_code=recipe.trust_remote_code))
+        for source in (recipe.model, dense_source)
+        if source is not None
+    ]
+    objective = objectives[0]
+    if objectives[-1] != objective:
+        raise InputError(f"{recipe.model} computes {objective} and {dense_source} {objectives[-1]}; not comparable")
+    causal = objective == CAUSAL
+    if dense_source is None and not causal:
         raise InputError(
-            f"{recipe.data} gives {len(stream)} tokens; a window needs {recipe.seqlen}: add text, or lower --seqlen"
+            f"{recipe.model} has the objective {objective.name}, which has no loss or perplexity on plain text; add "
+            "--dense, the model before pruning, to measure how far it is from that"
         )
-    count = min(recipe.eval_samples, len(stream) // recipe.seqlen)
-    windows = consecutive_windows(stream, count, recipe.seqlen, name=recipe.data)
+    tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    windows = evaluation_windows(recipe, tokenizer, objective)
     model = load_model(recipe.model, **options)
     dense = load_model(dense_source, **options) if dense_source is not None else None
     for one in (model, dense):
@@ -375,18 +354,25 @@ def measure(recipe: Recipe, *, dense_source: str | None = None, quiet: bool = Tr
             f"{recipe.model} knows {vocabulary_size(model)} tokens and {dense_source} {vocabulary_size(dense)}: "
             "not the same vocabulary, so there is no KL between them"
         )
-    quality = evaluate(model, windows, dense=dense, batch_size=recipe.batch_size, quiet=quiet)
+    measured: Any = {"objective": objective, "batch_size": recipe.batch_size, "quiet": quiet}
+    quality = evaluate(model, windows, dense=dense, **measured)
     layers = prunable_layers(model)
     zeros = sum(int((layer.weight == 0).sum()) for layer in layers)
-    rows = [
-        ("loss (nats/token)", f"{quality.loss:.4f}"),
-        ("perplexity", f"{quality.perplexity:.3f}"),
+    rows = []
+    if quality.loss is not None:
+        rows += [("loss (nats/token)", f"{quality.loss:.4f}"), ("perplexity", f"{quality.perplexity:.3f}")]
+    rows += [
         ("sparsity of linear layers", f"{zeros / sum(layer.weight.numel() for layer in layers):.1%}"),
-        ("tokens", f"{quality.tokens:,}"),
+        (f"{objective.unit}s", f"{quality.tokens:,}"),
     ]
     if dense is not None:
         assert quality.kl is not None
-        dense_loss = evaluate(dense, windows, batch_size=recipe.batch_size, quiet=quiet).loss
-        rows.append(("loss increase (nats/token)", f"{quality.loss - dense_loss:.4f}"))
-        rows.append(("KL (nats/token)", f"{quality.kl:.4f}"))
-    return "\n".join(f"{name:28}{value:>10}" for name, value in rows)
+        if quality.loss is not None:
+            dense_loss = evaluate(dense, windows, **measured).loss
+            assert dense_loss is not None
+            rows.append(("loss increase (nats/token)", f"{quality.loss - dense_loss:.4f}"))
+        name = DIVERGENCES.get(objective.name, "KL")
+        rows.append((f"{name} (nats/{objective.unit})", f"{quality.kl:.4f}"))
+        rows += [(label, f"{quality.likeness[key]:.4f}") for key, label in LIKENESS if key in quality.likeness]
+    width = 28 if causal else 38
+    return "\n".join(f"{name:{width}}{value:>10}" for name, value in rows)

@@ -21,6 +21,7 @@ from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.linalg import kth_largest
 from kfac_prune.models import Layer, WeightSwap, prunable_layers
+from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.obs import FAST, NM, Pattern, Unstructured, saliency, solve
 from kfac_prune.operators import Curvature, Damping, DampingRecord, quadratic_loss
 from kfac_prune.quality import evaluate
@@ -32,9 +33,9 @@ PruningMethod = Method | Literal["sparsegpt", "wanda"]
 CURVE_POINTS = (0.3, 0.5, 0.7, 0.9)
 #: A measured loss below this fraction of the predicted one is taken for noise of a small sample.
 MIN_FACTOR = 0.5
-#: Calibration windows of a probe, and how many passes over the calibration windows all layers together may take
-#: (but never below a quarter of the windows: with 4 the loss was at most 6 % above that with 16 or 32).
-PROBE_WINDOWS, PROBE_PASSES = 16, 8
+#: Calibration tokens of a probe, and how many passes over the calibration windows all layers together may take (but a
+#: probe has at least 4 windows: with 4 of 256 tokens the loss was at most 6 % above that with 16 or 32).
+PROBE_TOKENS, PROBE_PASSES = 4096, 8
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,10 @@ class Plan:
         kept = sum(int(layer.mask.sum()) for layer in self.layers)
         return 1 - kept / sum(layer.mask.numel() for layer in self.layers)
 
-    def table(self) -> str:
-        """Layer by layer: shape, sparsity, predicted loss, as aligned text."""
+    def table(self, unit: str = "token") -> str:
+        """Layer by layer: shape, sparsity, predicted loss per unit of the objective, as aligned text."""
         width = max(len("total"), *(len(layer.name) for layer in self.layers))
-        lines = [f"{'layer':{width}}  {'out x in':>13}  sparsity  predicted loss (nats/token)"]
+        lines = [f"{'layer':{width}}  {'out x in':>13}  sparsity  predicted loss (nats/{unit})"]
         for layer in self.layers:
             shape = f"{layer.mask.shape[0]} x {layer.mask.shape[1]}"
             notes = [f"damping of {r.factor} raised to {r.relative:g}" for r in layer.damping if r.raised]
@@ -190,10 +191,13 @@ class Probe:
         model: dense at this moment.
         windows: calibration tokens to measure on; a few thousand do.
         batch_size: windows per pass.
+        objective: what the model computes.
     """
 
-    def __init__(self, model: PreTrainedModel, windows: Windows, batch_size: int = 4) -> None:
-        self.model, self.windows = model, windows
+    def __init__(
+        self, model: PreTrainedModel, windows: Windows, batch_size: int = 4, objective: Objective = CAUSAL
+    ) -> None:
+        self.model, self.windows, self.objective = model, windows, objective
         self._stack = BlockStack(model, windows, batch_size)
         self._batches = [Windows(b.input_ids, b.attention_mask) for b in windows.batches(batch_size)]
         self._streams = [self._stack.entries]  # [block][batch]
@@ -203,12 +207,14 @@ class Probe:
                 self._streams.append([self._stack.keep(stream) for stream in after])
 
     @classmethod
-    def on(cls, model: PreTrainedModel, calibration: Windows, batch_size: int = 4) -> Probe:
-        """A probe on the last few calibration windows: 16, or fewer where the model has many layers."""
+    def on(
+        cls, model: PreTrainedModel, calibration: Windows, batch_size: int = 4, objective: Objective = CAUSAL
+    ) -> Probe:
+        """A probe on the last few calibration windows, fewer where the model has many layers."""
         affordable = PROBE_PASSES * len(calibration) // len(prunable_layers(model))
-        count = max(min(affordable, PROBE_WINDOWS), PROBE_WINDOWS // 4)
+        count = max(min(affordable, PROBE_TOKENS * len(calibration) // calibration.tokens), 4)
         few = calibration.split(count)[1] if len(calibration) > count else calibration
-        return cls(model, few, batch_size)
+        return cls(model, few, batch_size, objective)
 
     def __call__(self, layer: Layer, planned: PlannedLayer) -> float:
         """KL(dense‖model with this layer pruned), nats per token; the model is dense again afterwards."""
@@ -220,7 +226,9 @@ class Probe:
             for i, batch in enumerate(self._batches):
                 short = nullcontext() if block is None else begun_at(self._stack, block, self._streams[block][i])
                 with short:
-                    quality = evaluate(self.model, batch, dense=dense.swapped_in, batch_size=len(batch))
+                    quality = evaluate(
+                        self.model, batch, objective=self.objective, dense=dense.swapped_in, batch_size=len(batch)
+                    )
                 assert quality.kl is not None
                 total += quality.kl * quality.tokens
                 tokens += quality.tokens

@@ -1,11 +1,11 @@
-"""Loss, perplexity and KL(dense‖pruned) of a language model on token windows."""
+"""KL(dense‖pruned) of a model on token windows, and what else its objective tells: loss, perplexity, likeness."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,25 +14,30 @@ from transformers import PreTrainedModel
 
 from kfac_prune.data import WindowBatch, Windows
 from kfac_prune.errors import InputError
+from kfac_prune.objective import CAUSAL, Objective, Tokens
 
 
 @dataclass(frozen=True)
 class Quality:
-    """How well a model predicts held-out text.
+    """How well a model predicts held-out text, or does what the dense model does.
 
     Attributes:
-        loss: mean negative log-likelihood of the next token, nats per token.
-        kl: mean KL(dense‖model) of the predictive distributions, nats per token; None without a dense model.
-        tokens: number of predicted tokens.
+        loss: mean negative log-likelihood of the next token, nats per token; None for any but causal language models.
+        kl: mean KL(dense‖model) of the output distributions, nats per unit of the objective (for an embedding that is
+            ½‖f_dense − f‖² per sequence); None without a dense model.
+        tokens: number of units: predicted tokens, or sequences.
+        likeness: further figures of the objective against the dense model.
     """
 
-    loss: float
+    loss: float | None
     kl: float | None
     tokens: int
+    likeness: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
+        """exp(loss) of a causal language model."""
+        assert self.loss is not None
         return math.exp(min(self.loss, 700.0))
 
 
@@ -40,16 +45,18 @@ def evaluate(
     model: PreTrainedModel,
     windows: Windows,
     *,
+    objective: Objective = CAUSAL,
     dense: PreTrainedModel | Callable[[], AbstractContextManager[None]] | None = None,
     batch_size: int = 8,
     quiet: bool = True,
     label: str = "evaluate",
 ) -> Quality:
-    """Mean loss over the T − 1 predicted positions of every window, and KL to the dense model.
+    """KL to the dense model over all units, and the loss over the T − 1 predicted positions of a causal model.
 
     Args:
         model: to judge.
         windows: [N, T]; masked positions are left out.
+        objective: what the model computes.
         dense: another model, or a callable that returns a context in which ``model`` itself is dense
             (``WeightSwap.swapped_in``), or None.
         batch_size: windows per pass.
@@ -59,33 +66,41 @@ def evaluate(
     Raises:
         InputError: no position counts.
     """
+    causal = isinstance(objective, Tokens) and objective.causal
     nll = kl = 0.0
-    tokens = 0
+    units = 0
+    kept: list[tuple[Tensor, Tensor]] = []  # of objectives whose figures need all sequences together
     with torch.inference_mode(), tqdm(total=len(windows), desc=label, unit="seq", disable=quiet) as bar:
         for batch in windows.batches(batch_size):
-            counts = batch.input_ids.new_ones(batch.input_ids.shape, dtype=torch.bool)[:, 1:]
-            if batch.attention_mask is not None:
-                counts = batch.attention_mask[:, 1:] & batch.attention_mask[:, :-1]
-            log_q = _log_probabilities(model, batch, counts)
-            targets = batch.input_ids[:, 1:][counts].to(log_q.device)
-            nll -= float(log_q.gather(-1, targets[:, None]).double().sum())
-            tokens += len(targets)
+            q = _compared(model, batch, objective)
+            units += len(q)
+            if causal:
+                targets = _targets(batch).to(q.device)
+                nll -= float(q.gather(-1, targets[:, None]).double().sum())
             if dense is not None:
                 if isinstance(dense, PreTrainedModel):
-                    log_p = _log_probabilities(dense, batch, counts).to(log_q.device)
+                    p = _compared(dense, batch, objective).to(q.device)
                 else:
                     with dense():
-                        log_p = _log_probabilities(model, batch, counts)
-                ratio = (log_p - log_q).masked_fill_(log_p == -math.inf, 0.0)  # 0 log 0 = 0
-                kl += float((log_p.exp() * ratio).sum(-1).double().sum())
+                        p = _compared(model, batch, objective)
+                kl += float(objective.divergence(p, q).double().sum())
+                if objective.unit == "sequence":
+                    kept.append((p, q))
             bar.update(len(batch.input_ids))
-    if tokens == 0:
+    if units == 0:
         raise InputError("the windows hold no position to predict: each needs two neighbouring unmasked tokens")
-    return Quality(nll / tokens, kl / tokens if dense is not None else None, tokens)
+    likeness = objective.likeness(*(torch.cat(side) for side in zip(*kept, strict=True))) if kept else {}
+    return Quality(nll / units if causal else None, kl / units if dense is not None else None, units, likeness)
 
 
-def _log_probabilities(model: PreTrainedModel, batch: WindowBatch, counts: Tensor) -> Tensor:
-    """Log-probabilities of the next token at the positions that count: [tokens, vocabulary] float32."""
+def _compared(model: PreTrainedModel, batch: WindowBatch, objective: Objective) -> Tensor:
+    """The output's rows that count [units, ...] float32."""
+    batch = batch.trimmed() if objective.unit == "sequence" else batch
     mask = None if batch.attention_mask is None else batch.attention_mask.to(model.device)
-    logits: Tensor = model(input_ids=batch.input_ids.to(model.device), attention_mask=mask, use_cache=False).logits
-    return logits[:, :-1][counts.to(logits.device)].float().log_softmax(-1)
+    return objective.compared(objective.output(model, batch.input_ids.to(model.device), mask), mask)
+
+
+def _targets(batch: WindowBatch) -> Tensor:
+    """The next tokens at the positions that count."""
+    ids, mask = batch.input_ids, batch.attention_mask
+    return ids[:, 1:].reshape(-1) if mask is None else ids[:, 1:][mask[:, 1:] & mask[:, :-1]]

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from kfac_prune.config import Recipe
 from kfac_prune.data import Windows
 from kfac_prune.models import Layer
+from kfac_prune.objective import Objective
 from kfac_prune.plan import Plan
 from kfac_prune.quality import Quality
 from kfac_prune.reconstruction import Reconstructed
@@ -28,6 +29,16 @@ from kfac_prune.structure.prune import Shrunk
 
 #: Of kfac_prune.json; rises when a field changes its meaning.
 FORMAT_VERSION = 1
+
+
+#: What the KL of an objective's outputs is usually called, where that is not KL.
+DIVERGENCES = {"embedding": "½ distance²"}
+#: Figures of an objective and their names.
+LIKENESS = (
+    ("cosine", "mean cosine to the dense embedding"),
+    ("neighbours_kept", "share of 10 nearest neighbours kept"),
+    ("agreement", "same class as the dense model"),
+)
 
 
 @dataclass
@@ -73,29 +84,44 @@ def versions() -> dict[str, str]:
 
 
 def result_record(
-    recipe: Recipe, calibration: Windows, dense: Quality, pruned: Quality, stages: Stages, own_part: dict[str, Any]
+    recipe: Recipe,
+    objective: Objective,
+    calibration: Windows,
+    dense: Quality,
+    pruned: Quality,
+    stages: Stages,
+    own_part: dict[str, Any],
 ) -> dict[str, Any]:
     """The content of kfac_prune.json.
 
     Args:
         recipe: resolved.
+        objective: that the model has; its unit is that of every loss.
         calibration: windows that were used.
         dense: quality before.
         pruned: quality after, with KL.
         stages: of the run.
         own_part: what the kind of run adds: ``plan_record`` or ``shrunk_record``.
     """
+    if dense.loss is not None and pruned.loss is not None:
+        figures: dict[str, Any] = {
+            "dense": {"loss": dense.loss, "perplexity": dense.perplexity},
+            "pruned": {"loss": pruned.loss, "perplexity": pruned.perplexity},
+            "evaluation_tokens": pruned.tokens,
+            "loss_increase": pruned.loss - dense.loss,
+        }
+    else:
+        figures = {"pruned": dict(pruned.likeness), f"evaluation_{objective.unit}s": pruned.tokens}
     return {
         "format_version": FORMAT_VERSION,
+        "objective": objective.name,
+        "unit": objective.unit,
         "seed": recipe.seed,
         "method": recipe.method,
         "pattern": recipe.pattern,
         "structured": recipe.structured,
         "calibration": {"tokens": calibration.tokens, "sha256": calibration.sha256()},
-        "dense": {"loss": dense.loss, "perplexity": dense.perplexity},
-        "pruned": {"loss": pruned.loss, "perplexity": pruned.perplexity},
-        "evaluation_tokens": pruned.tokens,
-        "loss_increase": pruned.loss - dense.loss,
+        **figures,
         "kl_measured": pruned.kl,
         "damping": recipe.damping,
         **own_part,
@@ -177,20 +203,27 @@ def shrunk_record(
 def summary(record: dict[str, Any]) -> str:
     """The figures of a run as a small aligned table."""
     before = ", before repair" if record["refit"] or record["reconstruction"] else ""
-    rows = [
-        ("", "dense", "pruned"),
-        ("loss (nats/token)", f"{record['dense']['loss']:.4f}", f"{record['pruned']['loss']:.4f}"),
-        ("perplexity", f"{record['dense']['perplexity']:.3f}", f"{record['pruned']['perplexity']:.3f}"),
+    measure = f"{DIVERGENCES.get(record['objective'], 'KL')} {{}} (nats/{record['unit']})"
+    rows = [("", "dense", "pruned")]
+    if "dense" in record:
+        rows += [
+            ("loss (nats/token)", f"{record['dense']['loss']:.4f}", f"{record['pruned']['loss']:.4f}"),
+            ("perplexity", f"{record['dense']['perplexity']:.3f}", f"{record['pruned']['perplexity']:.3f}"),
+        ]
+    else:
+        rows += [(label, "", f"{record['pruned'][name]:.4f}") for name, label in LIKENESS if name in record["pruned"]]
+    rows += [
         ("weights removed" if record["structured"] else "sparsity", "0.0%", f"{record['sparsity']:.1%}"),
-        (f"KL predicted{before} (nats/token)", "", f"{record['kl_predicted']:.4f}"),
-        ("KL measured (nats/token)", "", f"{record['kl_measured']:.4f}"),
+        (measure.format(f"predicted{before}"), "", f"{record['kl_predicted']:.4f}"),
+        (measure.format("measured"), "", f"{record['kl_measured']:.4f}"),
     ]
     if record["structured"]:
         parameters = record["parameters"]
         rows.append(("parameters", f"{parameters['dense']:,}", f"{parameters['pruned']:,}"))
         for name, label in (("prefill_ms", "prefill (ms/window)"), ("decode_ms", "decode (ms/token)")):
             dense, pruned = record["speed"]["dense"][name], record["speed"]["pruned"][name]
-            rows.append((label, f"{dense:.2f}", f"{pruned:.2f}"))
+            if dense is not None:
+                rows.append((label, f"{dense:.2f}", f"{pruned:.2f}"))
         for other in record["other_plans"]:
             rows.append((_plan_label(other), "", f"{other['kl_calibration']:.4f}"))
         rows.append((f"{_plan_label(record)} (kept)", "", f"{record['kl_calibration']:.4f}"))
@@ -208,7 +241,8 @@ def model_card(recipe: Recipe, record: dict[str, Any]) -> str:
     shots = "one shot" if record.get("shots", 1) == 1 else f"{record['shots']} shots"
     trained = "and block-wise reconstruction" if record["reconstruction"] else "without training"
     how = f"in {shots}, {trained}, by kfac-prune {record['versions']['kfac-prune']} (method `{record['method']}`"
-    load = _LOAD
+    load, task = _loading(record, recipe)
+    seen = next(name for name in ("tokens", "sequences") if f"evaluation_{name}" in record)
     if recipe.structured:
         tags, loads = "[pruned, kfac-prune]", "It is a plain checkpoint and loads as any other:"
         what = (
@@ -219,9 +253,7 @@ def model_card(recipe: Recipe, record: dict[str, Any]) -> str:
         )
         if record["widths"] == "per-layer":
             loads = "Its blocks have widths of their own, so its code comes with it (or use `kfac_prune.load`):"
-            load = load.replace(
-                'LM.from_pretrained("THIS_FOLDER")', 'LM.from_pretrained("THIS_FOLDER", trust_remote_code=True)'
-            )
+            load = load.replace('("THIS_FOLDER")\n', '("THIS_FOLDER", trust_remote_code=True)\n', 1)
         note = ""
     else:
         pattern = "" if recipe.pattern == "unstructured" else f" in the pattern {recipe.pattern}"
@@ -240,7 +272,7 @@ def model_card(recipe: Recipe, record: dict[str, Any]) -> str:
         note = " Zeros alone make a model neither smaller nor faster on a server without kernels for their\npattern."
     return f"""---
 {base}library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 tags: {tags}
 ---
 # {recipe.model.rstrip("/").rpartition("/")[2]}, pruned
@@ -250,7 +282,7 @@ tags: {tags}
 ```
 {summary(record)}
 ```
-(measured on {record["evaluation_tokens"]:,} held-out tokens)
+(measured on {record[f"evaluation_{seen}"]:,} held-out {seen})
 
 {loads}
 
@@ -259,9 +291,29 @@ tags: {tags}
 """
 
 
+def _loading(record: dict[str, Any], recipe: Recipe) -> tuple[str, str]:
+    """How to load the model, as Markdown, and its pipeline tag."""
+    if record["sentence_transformers"]:
+        return _SENTENCES, "sentence-similarity"
+    name, task = CLASSES[record["head"]]
+    return _LOAD.replace("AutoModel", name), task
+
+
+#: The class that loads each kind of model, and what model hubs call its task.
+CLASSES = {
+    "causal": ("AutoModelForCausalLM", "text-generation"),
+    "masked": ("AutoModelForMaskedLM", "fill-mask"),
+    "classes": ("AutoModelForSequenceClassification", "text-classification"),
+    "encoder": ("AutoModel", "feature-extraction"),
+}
 _LOAD = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
+from transformers import AutoModel, AutoTokenizer
+model = AutoModel.from_pretrained("THIS_FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+```
+"""
+_SENTENCES = """```python
+from sentence_transformers import SentenceTransformer
+model = SentenceTransformer("THIS_FOLDER")
 ```
 """

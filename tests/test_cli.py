@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import (
     BertConfig,
-    BertForMaskedLM,
+    BertLMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -159,7 +159,7 @@ def edit_config(here, **changes):
 
 def bert(here):
     config = BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    BertForMaskedLM(config).save_pretrained(here / "model")
+    BertLMHeadModel(config).save_pretrained(here / "model")
 
 
 def encoder_decoder(here):

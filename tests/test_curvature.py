@@ -14,9 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 from kfac_prune.curvature.capture import FactorCapture, GradientMoments, InputMoments
 from kfac_prune.curvature.estimate import LayerFactors, estimate_factors
-from kfac_prune.curvature.fisher import next_token_labels
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
+from kfac_prune.fisher import next_token_labels
 from kfac_prune.models import Layer, prunable_layers
 from kfac_prune.operators import Damping, Diagonal, Kronecker, ScaledIdentity
 from kfac_prune.quality import evaluate

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from kfac_prune.curvature import fisher
-from kfac_prune.curvature.fisher import logit_gradient, next_token_labels, sample_labels
+from kfac_prune import fisher
+from kfac_prune.fisher import logit_gradient, next_token_labels, sample_labels
 
 INF = math.inf
 ALMOST_ONE = 1 - 2.0**-53  # the largest float64 below 1, the largest number that torch.rand returns

@@ -90,6 +90,6 @@ def test_no_weight_is_made(folder, monkeypatch):
 
 
 def test_what_is_no_causal_language_model_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertForMaskedLM"]}')
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertLMHeadModel"]}')
     with pytest.raises(InputError, match="not a causal language model"):
         describe(str(tmp_path))

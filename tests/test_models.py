@@ -339,17 +339,17 @@ def test_a_configuration_with_a_wrong_entry(saved, entry, reason):
 @pytest.mark.parametrize(
     "content",
     [
-        {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
         {"model_type": "bert", "architectures": ["BertLMHeadModel"]},
         {"model_type": "bert"},
         {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]},
-        {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},
+        {"model_type": "t5", "architectures": ["T5ForSequenceClassification"]},
+        {"model_type": "bart", "architectures": ["BartModel"]},
         {"model_type": "gpt2", "architectures": ["GPT2Model"]},
         {"model_type": "vit"},
     ],
-    ids=["masked", "bert-head-sees-both-sides", "bert", "t5", "classifier", "no-head", "vision"],
+    ids=["bert-head-sees-both-sides", "bert", "t5", "t5-classifier", "both-halves", "no-head", "vision"],
 )
-def test_a_model_that_is_not_causal(tmp_path, content):
+def test_a_model_of_another_kind(tmp_path, content):
     assert "is not a causal language model" in refused(load_config, write_config(tmp_path, content))
 
 

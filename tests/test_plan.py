@@ -98,10 +98,16 @@ def test_with_a_probe_the_prediction_is_what_it_measures(problem):
         assert planned.predicted == pytest.approx(max(probe(layer, planned), planning.MIN_FACTOR * plain.predicted))
 
 
-def test_probe_takes_a_few_windows(problem, make_windows):
-    model, _, _, _ = problem
+def test_probe_takes_a_few_windows(problem, make_windows, monkeypatch):
+    model, _, layers, _ = problem
     many = make_windows(count=40, length=8)
-    assert torch.equal(Probe.on(model, many).windows.input_ids, many.input_ids[-planning.PROBE_WINDOWS :])
+    taken = planning.PROBE_PASSES * 40 // len(layers)
+    assert 4 < taken < 40
+    assert torch.equal(Probe.on(model, many).windows.input_ids, many.input_ids[-taken:])
+    monkeypatch.setattr(planning, "PROBE_TOKENS", 48)
+    assert len(Probe.on(model, many).windows) == 6
+    monkeypatch.setattr(planning, "PROBE_PASSES", 1)
+    assert len(Probe.on(model, many).windows) == 4
     few = make_windows(count=3, length=8)
     assert Probe.on(model, few).windows is few
 

@@ -69,6 +69,7 @@ class FactorCapture:
         inputs: per layer name.
         gradients: per layer or block name.
         token_mask: [B, T] bool, True = counts, or None = all count.
+        per_sequence: layers may see one row [B, features] per sequence (a classifier on the first token), which counts.
     """
 
     layers: Sequence[Layer]
@@ -76,6 +77,7 @@ class FactorCapture:
     inputs: dict[str, InputMoments] = field(default_factory=dict)
     gradients: dict[str, GradientMoments] = field(default_factory=dict)
     token_mask: Tensor | None = None
+    per_sequence: bool = False
     _last: tuple[str, Tensor, int] | None = None
     _reads_with: dict[str, str] = field(default_factory=dict)  # layer -> the layer whose InputMoments it shares
 
@@ -142,7 +144,7 @@ class FactorCapture:
     def _rows(self, name: str, x: Tensor) -> Tensor:
         """The rows [tokens, features] of the positions that count."""
         rows = x.detach().reshape(-1, x.shape[-1])
-        if self.token_mask is None:
+        if self.token_mask is None or (self.per_sequence and x.ndim == 2 and len(x) == len(self.token_mask)):
             return rows
         if rows.shape[0] != self.token_mask.numel():
             raise InputError(

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kfac_prune.curvature.capture import FactorCapture
-from kfac_prune.curvature.fisher import FisherType, logit_gradient, next_token_labels, sample_labels
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
+from kfac_prune.fisher import FisherType
 from kfac_prune.models import Layer, find_blocks
+from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.operators import Curvature, Damping, DampingRecord, Diagonal, Kronecker, ScaledIdentity
 
 #: The hierarchy: H = I, H diagonal, H = I ⊗ A, H = G ⊗ A.
@@ -116,6 +118,7 @@ def estimate_factors(
     layers: Sequence[Layer],
     windows: Windows,
     *,
+    objective: Objective = CAUSAL,
     fisher: FisherType = "sampled",
     seed: int = 0,
     batch_size: int = 4,
@@ -129,9 +132,12 @@ def estimate_factors(
     gradient is stored.
 
     Args:
-        model: a causal language model; its training mode and ``requires_grad`` flags are as before afterwards.
+        model: a transformer with the objective's head; its training mode and ``requires_grad`` flags are as before
+            afterwards.
         layers: whose factors are wanted.
         windows: calibration tokens [N, T].
+        objective: what the model computes. Where it counts sequences, every G is multiplied by the rows per sequence
+            that its layer sees, so that losses are in nats per sequence.
         fisher: "sampled" labels, or the "empirical" Fisher with the data's next tokens.
         seed: of the sampled labels; the labels do not depend on how the windows are batched.
         batch_size: windows per pass.
@@ -142,34 +148,54 @@ def estimate_factors(
     """
     if windows.tokens == 0:
         raise InputError("the calibration windows hold no token: every position is masked")
-    uniforms = torch.rand(windows.input_ids.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    draws = objective.draws(model, windows, seed)
+    sequences = len(windows) if objective.unit == "sequence" else None
     names, blocks = find_blocks(model, layers)
-    capture = FactorCapture(layers, dict(zip(names, blocks, strict=True)))
+    capture = FactorCapture(layers, dict(zip(names, blocks, strict=True)), per_sequence=sequences is not None)
     device = model.device
     with _frozen(model), capture.hooked(), tqdm(total=len(windows), desc="curvature", unit="seq", disable=quiet) as bar:
         for batch in windows.batches(batch_size):
+            batch = batch.trimmed() if sequences else batch
             ids = batch.input_ids.to(device)
             mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
             capture.token_mask = mask
             with torch.enable_grad():
-                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            if fisher == "sampled":
-                labels, counts = sample_labels(logits, uniforms[batch.index]), mask
-            else:
-                labels, counts = next_token_labels(ids, mask)
-            logits.backward(logit_gradient(logits, labels, counts))
+                output = objective.output(model, ids, mask)
+            output.backward(objective.cotangent(output, draws[batch.index], ids, mask, fisher))
             bar.update(len(ids))
     gradients = {name: moments for name, moments in capture.gradients.items() if name in capture.blocks}
     return Factors(
-        {layer.name: _finish(layer, capture) for layer in layers},
-        {name: moments.second / moments.tokens for name, moments in gradients.items()},
+        {layer.name: _finish(layer, capture, sequences) for layer in layers},
+        {name: moments.second / (sequences or moments.tokens) for name, moments in gradients.items()},
         tokens=windows.tokens,
         data_sha256=windows.sha256(),
     )
 
 
-def _finish(layer: Layer, capture: FactorCapture) -> LayerFactors:
-    """Sums to means, with the checks that name the layer."""
+def participants(
+    model: PreTrainedModel, layers: Sequence[Layer], windows: Windows, objective: Objective
+) -> list[Layer]:
+    """The layers that the objective depends on, told by one window: a gradient comes back to their outputs."""
+    first = next(windows.batches(1)).trimmed()
+    ids = first.input_ids.to(model.device)
+    mask = None if first.attention_mask is None else first.attention_mask.to(model.device)
+    reached: set[str] = set()
+
+    def watch(name: str) -> Callable[..., None]:
+        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            output.register_hook(lambda gradient: reached.add(name))
+
+        return after
+
+    with _frozen(model), torch.enable_grad(), ExitStack() as hooks:
+        for layer in layers:
+            hooks.callback(layer.module.register_forward_hook(watch(layer.name)).remove)
+        objective.output(model, ids, mask).sum().backward()
+    return [layer for layer in layers if layer.name in reached]
+
+
+def _finish(layer: Layer, capture: FactorCapture, sequences: int | None) -> LayerFactors:
+    """Sums to means, with the checks that name the layer; G to sums per sequence where their number is given."""
     name = layer.name
     if name not in capture.inputs or name not in capture.gradients:
         raise InputError(f"layer {name} took no part in the forward pass; leave it out with --ignore '{name}'")
@@ -183,7 +209,7 @@ def _finish(layer: Layer, capture: FactorCapture) -> LayerFactors:
     return LayerFactors(
         a=inputs.second / inputs.tokens,
         mean=inputs.first / inputs.tokens,
-        g=gradients.second / gradients.tokens,
+        g=gradients.second / (sequences or gradients.tokens),
         tokens=gradients.tokens,
         has_bias=layer.bias is not None,
     )

@@ -41,22 +41,23 @@ class Speed:
 
     Attributes:
         prefill_ms: one forward pass over one window [1, T], median.
-        decode_ms: per generated token after such a window, with the cache, median.
+        decode_ms: per generated token after such a window, with the cache, median; None where nothing is generated.
     """
 
     prefill_ms: float
-    decode_ms: float
+    decode_ms: float | None
 
 
 def speeds(models: Sequence[PreTrainedModel], length: int) -> list[Speed]:
     """Time several models in turns, so that what else the machine does meets all of them alike.
 
     Args:
-        models: causal language models on one device.
+        models: of one architecture, on one device.
         length: T, tokens of the window.
     """
     ids = torch.zeros(1, length, dtype=torch.int64, device=models[0].device)
     decoded = min(DECODED, length - 1)
+    generates = models[0].can_generate()
 
     def prefill(model: PreTrainedModel) -> None:
         model(input_ids=ids, use_cache=False)
@@ -73,10 +74,12 @@ def speeds(models: Sequence[PreTrainedModel], length: int) -> list[Speed]:
         for model in models:
             prefill(model)  # the first pass pays for kernels and memory
         rounds = [
-            [(milliseconds(partial(prefill, m), m.device, repeats=1), decode(m)) for m in models] for _ in range(7)
+            [(milliseconds(partial(prefill, m), m.device, repeats=1), decode(m) if generates else 0.0) for m in models]
+            for _ in range(7)
         ]
     return [
-        Speed(median(r[i][0] for r in rounds), median(r[i][1] for r in rounds) / decoded) for i in range(len(models))
+        Speed(median(r[i][0] for r in rounds), median(r[i][1] for r in rounds) / decoded if generates else None)
+        for i in range(len(models))
     ]
 
 

@@ -14,6 +14,7 @@ from kfac_prune.allocate import choose
 from kfac_prune.curvature.estimate import Factors, Method
 from kfac_prune.data import Windows
 from kfac_prune.models import WeightSwap
+from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.operators import Curvature, Damping
 from kfac_prune.quality import evaluate
 from kfac_prune.structure.curves import Option, corrected, options_of
@@ -35,6 +36,7 @@ class Problem:
         factors: with the consumers' curvature.
         method: which curvature they give.
         damping: of the factors.
+        objective: what the model computes.
     """
 
     model: PreTrainedModel
@@ -42,6 +44,7 @@ class Problem:
     factors: Factors
     method: Method
     damping: Damping
+    objective: Objective = CAUSAL
 
     def curvature(self, group: Group) -> Curvature:
         """Of the group's consumer."""
@@ -63,7 +66,9 @@ class Problem:
     def measured(self, group: Group, option: Option, windows: Windows, batch_size: int) -> float:
         """KL(model‖model with this group alone cut), nats per token."""
         with self.masked([self.cut(group, option)]) as whole:
-            kl = evaluate(self.model, windows, dense=whole.swapped_in, batch_size=batch_size).kl
+            kl = evaluate(
+                self.model, windows, objective=self.objective, dense=whole.swapped_in, batch_size=batch_size
+            ).kl
         assert kl is not None
         return kl
 

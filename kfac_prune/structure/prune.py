@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from kfac_prune.curvature.estimate import Method, estimate_factors
-from kfac_prune.curvature.fisher import FisherType
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
+from kfac_prune.fisher import FisherType
 from kfac_prune.models import Layer, prunable_layers
+from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.operators import Damping
 from kfac_prune.quality import evaluate
 from kfac_prune.structure.curves import Option
@@ -68,6 +69,7 @@ class Settings:
         refit: repair each cut model, layer by layer.
         multiple: of FFN widths; None: 64 for widths from 2048, else 8.
         damping: of the factors.
+        objective: what the model computes; losses are in nats per its unit.
         fisher: labels of the Fisher.
         seed: of sampled labels.
         batch_size: windows per pass.
@@ -79,6 +81,7 @@ class Settings:
     refit: bool = True
     multiple: int | None = None
     damping: Damping = DAMPING
+    objective: Objective = CAUSAL
     fisher: FisherType = "sampled"
     seed: int = 0
     batch_size: int = 4
@@ -93,8 +96,8 @@ class Shrunk:
         model: the smaller model.
         widths: "uniform" (plain configuration) or "per-layer".
         sizes: per group its size before and after: (units,) or (KV groups, query heads per group).
-        predicted: summed costs of all cuts before their refit, nats per token.
-        kl: KL(dense‖model) on the held-out calibration windows, nats per token.
+        predicted: summed costs of all cuts before their refit, nats per unit of the objective.
+        kl: KL(dense‖model) on the held-out calibration windows, nats per unit.
         shots: that were taken.
     """
 
@@ -254,10 +257,9 @@ class _Job:
         layers = [Layer(name, model.get_submodule(name)) for name in self.names]
         groups = find_groups(model, layers, self.kinds)
         consumers = [group.consumer for group in groups]
-        factors = estimate_factors(
-            model, consumers, self.fit, fisher=s.fisher, seed=s.seed, batch_size=s.batch_size, quiet=s.quiet
-        )
-        return Problem(model, groups, factors, s.method, s.damping)
+        options: Any = {"seed": s.seed, "batch_size": s.batch_size, "quiet": s.quiet}
+        factors = estimate_factors(model, consumers, self.fit, objective=s.objective, fisher=s.fisher, **options)
+        return Problem(model, groups, factors, s.method, s.damping, s.objective)
 
     def curves(self, problem: Problem) -> dict[str, list[Option]]:
         """Cost curves, measured on the held-out windows."""
@@ -310,7 +312,8 @@ class _Job:
             _check_same(problem, cuts, model, self.held_out)
             if s.refit:
                 repair(self.dense, model, rows, self.fit, batch_size=s.batch_size, quiet=s.quiet)
-        kl = evaluate(model, self.held_out, dense=self.dense, batch_size=s.batch_size, quiet=s.quiet).kl
+        options: Any = {"objective": s.objective, "batch_size": s.batch_size, "quiet": s.quiet}
+        kl = evaluate(model, self.held_out, dense=self.dense, **options).kl
         assert kl is not None
         self.echo(f"  {widths} widths in {shots} shot{'s' * (shots > 1)}: KL {kl:.4f} on held-out calibration windows")
         return Shrunk(model, widths, {name: (before[name], sizes[name]) for name in sizes}, predicted, kl, shots)
@@ -318,18 +321,19 @@ class _Job:
 
 def _check_same(problem: Problem, cuts: Sequence[Cut], smaller: PreTrainedModel, windows: Windows) -> None:
     """The smaller model computes what the model with zeros does; nothing else in the architecture knew of the units."""
-    batch = next(windows.batches(1))
-    ids = batch.input_ids.to(smaller.device)
+    batch = next(windows.batches(1)).trimmed()
+    ids, mask = batch.input_ids.to(smaller.device), batch.attention_mask
+    mask = None if mask is None else mask.to(smaller.device)
     with torch.inference_mode():
         with problem.masked(cuts):
-            wanted = problem.model(input_ids=ids, use_cache=False).logits.float()
+            wanted = problem.objective.output(problem.model, ids, mask).float()
         try:
-            got = smaller(input_ids=ids, use_cache=False).logits.float()
+            got = problem.objective.output(smaller, ids, mask).float()
         except RuntimeError as error:  # shapes that do not fit together
             raise InputError(f"{_DIFFERS}: {str(error).splitlines()[0]}") from error
     difference = float((got - wanted).abs().max() / wanted.abs().max())
     if not difference < (1e-4 if smaller.dtype == torch.float32 else 5e-2):
-        raise InputError(f"{_DIFFERS} by {difference:.2g} of the largest logit")
+        raise InputError(f"{_DIFFERS} by {difference:.2g} of the largest output")
 
 
 _DIFFERS = (

@@ -1,4 +1,4 @@
-"""Labels and output gradients of the Fisher information of a language model."""
+"""Labels and output gradients of the Fisher information of categorical outputs."""
 
 from __future__ import annotations
 
@@ -54,15 +54,16 @@ def logit_gradient(logits: Tensor, labels: Tensor, counts: Tensor | None) -> Ten
     """Gradient ``softmax(logits) − onehot(label)`` of the summed cross-entropy, zero where a position does not count.
 
     Args:
-        logits: [B, T, V].
-        labels: [B, T].
-        counts: [B, T] bool, or None = all positions count.
+        logits: [..., V].
+        labels: [...].
+        counts: [...] bool, or None = all positions count.
 
     Returns:
-        [B, T, V] in the logits' dtype.
+        [..., V] in the logits' dtype.
     """
     gradient = logits.detach().float().softmax(-1)
-    gradient.scatter_add_(-1, labels.unsqueeze(-1), gradient.new_full((1, 1, 1), -1.0).expand(*labels.shape, 1))
+    minus_one = gradient.new_full((1,) * gradient.ndim, -1.0).expand(*labels.shape, 1)
+    gradient.scatter_add_(-1, labels.unsqueeze(-1), minus_one)
     if counts is not None:
         gradient *= counts.unsqueeze(-1)
     return gradient.to(logits.dtype)

@@ -1,0 +1,154 @@
+"""What a run begins with: a device that exists, text in windows that the model can read, layers that take part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kfac_prune.config import Recipe
+from kfac_prune.curvature.estimate import participants
+from kfac_prune.data import (
+    Windows,
+    choose_texts,
+    consecutive_windows,
+    read_documents,
+    sample_windows,
+    sequence_windows,
+    token_stream,
+)
+from kfac_prune.errors import InputError
+from kfac_prune.models import Layer, context_length
+from kfac_prune.objective import CAUSAL, Objective
+from kfac_prune.stream import BlockStack, find_writers
+
+#: Share of --data that is kept from calibration and measured on when no --eval-data is given.
+HELD_OUT = 0.1
+
+
+def resolve_device(name: str) -> str:
+    """Turn "auto" into a device that exists, and check any other.
+
+    Raises:
+        InputError: torch does not know the device or cannot use it.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except Exception as error:  # torch raises RuntimeError, AssertionError or AcceleratorError by kind of device
+        raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return name
+
+
+def load_data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, objective: Objective = CAUSAL
+) -> tuple[Windows, Windows]:
+    """Calibration windows and held-out windows that share no text with them.
+
+    For tokens they are cut out of the running text, the former at random starts; an objective per sequence has every
+    document for a window of its own.
+
+    Raises:
+        InputError: a text is missing, empty or too short.
+    """
+    options: Any = {"separator": recipe.separator, "field": recipe.text_field}
+    documents = read_documents(recipe.data, **options)
+    if objective.unit == "sequence":
+        held_documents = read_documents(recipe.eval_data, **options, split="test") if recipe.eval_data else None
+        counts = recipe.samples, recipe.eval_samples
+        chosen = choose_texts(documents, held_documents, counts, recipe.seed, HELD_OUT)
+        first, second = (sequence_windows(tokenizer, texts, recipe.seqlen) for texts in chosen)
+        return first, second
+    stream = token_stream(tokenizer, documents)
+    if recipe.eval_data is not None:
+        documents = read_documents(recipe.eval_data, **options, split="test")
+        held, name = token_stream(tokenizer, documents), recipe.eval_data
+    else:
+        cut = len(stream) - int(HELD_OUT * len(stream))
+        stream, held, name = stream[:cut], stream[cut:], f"the last tenth of {recipe.data}"
+    if len(held) < recipe.seqlen:
+        raise InputError(
+            f"{name} gives {len(held)} tokens to measure on; a window needs {recipe.seqlen}: "
+            "add text, name --eval-data, or lower --seqlen"
+        )
+    count = min(recipe.eval_samples, len(held) // recipe.seqlen)
+    return (
+        sample_windows(stream, recipe.samples, recipe.seqlen, recipe.seed, name=recipe.data),
+        consecutive_windows(held, count, recipe.seqlen, name=name),
+    )
+
+
+def check_tokens(model: PreTrainedModel, *windows: Windows) -> None:
+    """The model can read these windows: not longer than its context, no token outside its vocabulary.
+
+    Raises:
+        InputError: it cannot.
+    """
+    limit = context_length(model)
+    vocabulary = vocabulary_size(model)
+    for one in windows:
+        length, largest = one.input_ids.shape[1], int(one.input_ids.max())
+        if limit is not None and length > limit:
+            raise InputError(f"--seqlen is {length}, and the model's context is {limit} tokens; lower --seqlen")
+        if largest >= vocabulary:
+            raise InputError(
+                f"the tokenizer gives token {largest}, and the model knows {vocabulary}; they do not belong together"
+            )
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Rows of the input embeddings."""
+    embeddings = model.get_input_embeddings().weight
+    assert isinstance(embeddings, torch.Tensor)
+    return embeddings.shape[0]
+
+
+def evaluation_windows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, objective: Objective) -> Windows:
+    """The first windows of a text that is only measured on; every document is one where the objective is per sequence.
+
+    Raises:
+        InputError: the text is missing, empty or too short.
+    """
+    documents = read_documents(recipe.data, separator=recipe.separator, field=recipe.text_field, split="test")
+    if objective.unit == "sequence":
+        texts = list(dict.fromkeys(document.text for document in documents))[: recipe.eval_samples]
+        if len(texts) < 2:
+            raise InputError(
+                f"{recipe.data} is one document, and every document is one sequence; say what separates them, such as "
+                r"--separator '\n' where every line is one"
+            )
+        return sequence_windows(tokenizer, texts, recipe.seqlen)
+    stream = token_stream(tokenizer, documents)
+    if len(stream) < recipe.seqlen:
+        raise InputError(
+            f"{recipe.data} gives {len(stream)} tokens; a window needs {recipe.seqlen}: add text, or lower --seqlen"
+        )
+    count = min(recipe.eval_samples, len(stream) // recipe.seqlen)
+    return consecutive_windows(stream, count, recipe.seqlen, name=recipe.data)
+
+
+def reached_layers(
+    model: PreTrainedModel,
+    layers: list[Layer],
+    calibration: Windows,
+    objective: Objective,
+    echo: Callable[[str], None],
+) -> list[Layer]:
+    """The layers on which the objective depends; says which ones it does not, such as an unused pooler."""
+    taking_part = participants(model, layers, calibration, objective)
+    idle = [layer.name for layer in layers if layer not in taking_part]
+    if not taking_part:
+        raise InputError(f"the objective {objective.name} depends on none of the chosen layers, such as {idle[0]}")
+    if idle:
+        echo(f"left dense, since the objective {objective.name} does not depend on them: {', '.join(idle)}")
+    return taking_part
+
+
+def has_writers(model: PreTrainedModel, calibration: Windows) -> bool:
+    """Any layer of the first block adds its output to the residual stream, as the refit needs."""
+    first = next(calibration.batches(1)).trimmed()
+    stack = BlockStack(model, Windows(first.input_ids, first.attention_mask), 1)
+    return not stack.blocks or bool(find_writers(stack, 0, stack.entries[0], stack.inside(0)))
