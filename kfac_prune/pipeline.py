@@ -193,11 +193,10 @@ def _mask(job: Job) -> Outcome:
     refitted: list[Refitted] = []
     if recipe.refit and plan.sparsity > 0:
         with stages("refit"):
-            part = tuple(one for one in plan.layers if pattern is None or one.sparsity > 0)  # the others stay dense
-            part_plan, refitted = refit(
+            plan, refitted = refit(
                 model,
                 layers,
-                replace(plan, layers=part),
+                plan,
                 factors,
                 job.calibration,
                 dense.swapped_in,
@@ -205,8 +204,6 @@ def _mask(job: Job) -> Outcome:
                 damping=damping,
                 **options,
             )
-            changed = {one.name: one for one in part_plan.layers}
-            plan = replace(plan, layers=tuple(changed.get(one.name, one) for one in plan.layers))
     reconstructed: list[Reconstructed] = []
     if recipe.reconstruct and plan.sparsity > 0:
         with stages("reconstruct"):

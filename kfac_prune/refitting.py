@@ -117,7 +117,8 @@ def refit(
         factors: whose G is the metric.
         windows: calibration tokens [N, T]; masked positions are left out.
         dense: a context in which the model has its dense weights (``WeightSwap.swapped_in``).
-        pattern: an n:m pattern, or None to keep every layer's number of weights. The mask is chosen anew within it.
+        pattern: an n:m pattern, or None to keep every layer's number of weights. The mask is chosen anew within it, but
+            for layers that the plan leaves dense.
         damping: of G; None is ``Damping()``.
         batch_size: windows per pass.
         quiet: show no progress bar.
@@ -261,7 +262,9 @@ def _solve(
     a = shifted(hh, ridge)
     wanted = (th + ridge * present) @ inverse_from_cholesky(a)
     curvature = Kronecker(a, g)
-    selection = select(wanted, curvature, pattern or Unstructured(planned.sparsity))
+    if pattern is None or planned.mask.all():  # a layer that the plan leaves dense stays dense
+        pattern = Unstructured(planned.sparsity)
+    selection = select(wanted, curvature, pattern)
     weight = compensate(wanted, curvature, selection.mask, selection.start).weight.to(layer.weight.dtype)
     bias = layer.bias
     if bias is not None:
