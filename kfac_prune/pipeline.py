@@ -39,7 +39,7 @@ from kfac_prune.obs import NM
 from kfac_prune.operators import Damping
 from kfac_prune.plan import Probe, make_plan, prune
 from kfac_prune.quality import Quality, evaluate
-from kfac_prune.reconstruction import Reconstructed, Reconstruction, reconstruct_sparse
+from kfac_prune.reconstruction import Reconstructed, Reconstruction, reconstruct_sparse, table
 from kfac_prune.refitting import Refitted, refit
 from kfac_prune.report import (
     DIVERGENCES,
@@ -219,6 +219,7 @@ def _mask(job: Job) -> Outcome:
                 shelf=shelf,
                 quiet=job.quiet,
             )
+        job.echo(table(reconstructed))
     with stages("measure pruned"):
         pruned_quality = evaluate(model, job.held_out, dense=dense.swapped_in, label="pruned", **measured)
     covered = sum(layer.mask.numel() for layer in plan.layers) / model.num_parameters()
@@ -288,6 +289,7 @@ def _shrink(job: Job) -> Outcome:
                 shelf=shelf,
                 quiet=job.quiet,
             )
+        job.echo(table(reconstructed))
     with stages("measure pruned"):
         pruned = evaluate(best.model, job.held_out, dense=model, label="pruned", **measured)
     with stages("measure speed"):

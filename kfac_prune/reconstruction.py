@@ -88,10 +88,23 @@ def step_windows(windows: Windows) -> int:
     return max(min(STEP_TOKENS // windows.input_ids.shape[1], len(windows) // HELD_OUT), 1)
 
 
-def metrics(factors: Factors, damping: Damping) -> dict[str, Tensor]:
-    """The metric G [d, d], damped, after every block and at the output of every layer, by name."""
-    found = factors.streams | {name: layer.g for name, layer in factors.layers.items()}
+def metrics(factors: Factors, damping: Damping, unit: Unit) -> dict[str, Tensor]:
+    """The metric G [d, d], damped, after every block by its name; for sub-layers also where a layer may end one."""
+    found = dict(factors.streams)
+    if unit == "sublayer":
+        widths = {len(g) for g in found.values()}
+        found |= {name: layer.g for name, layer in factors.layers.items() if len(layer.g) in widths}
     return {name: damping(g, name="G", where=name)[0] for name, g in found.items()}
+
+
+def table(records: Sequence[Reconstructed]) -> str:
+    """Block by block: held-out objective before and after, and seconds, as aligned text."""
+    width = max([len("reconstructed"), *(len(record.name) for record in records)])
+    lines = [f"{'reconstructed':{width}}    before     after  learning rate  seconds   (held-out, nats as above)"]
+    lines += [
+        f"{r.name:{width}}  {r.before:8.6f}  {r.after:8.6f}  {r.learning_rate:13.2g}  {r.seconds:7.1f}" for r in records
+    ]
+    return "\n".join(lines)
 
 
 def reconstruct_sparse(
@@ -122,7 +135,7 @@ def reconstruct_sparse(
     with dense():
         stack = BlockStack(model, windows, step_windows(windows), shelf)
     masks = {layer.name: layer.mask for layer in plan.layers}
-    metric = metrics(factors, damping or Damping())
+    metric = metrics(factors, damping or Damping(), settings.unit)
     return reconstruct(stack, stack, metric, settings, trained=masks, masks=masks, dense=dense, quiet=quiet)
 
 
@@ -164,8 +177,9 @@ def reconstruct(
             "reconstruction holds a tenth of the calibration windows out and there is one batch; add --samples, or use "
             "--reconstruct 0"
         )
-    if (most := largest(batches, stack.device)) != batches:
-        raise InputError(f"{batches} batches in one process and {most} in another; share them out evenly")
+    most, least = largest(batches, stack.device), -largest(-batches, stack.device)
+    if most != least:
+        raise InputError(f"{least} batches in one process and {most} in another; share the windows out evenly")
     masks = masks or {}
     journal = None
     if settings.folder is not None:

@@ -28,7 +28,7 @@ class Job:
         self.plan = make_plan(self.layers, self.factors, pattern=NM(2, 4), method="magnitude")
         self.stack = BlockStack(model, windows, batch_size, shelf)
         self.dense = prune(self.layers, self.plan)
-        self.metric = metrics(self.factors, Damping())
+        self.metric = metrics(self.factors, Damping(), "sublayer")
 
     def run(self, epochs=3, unit="block", seed=0, trained=None, folder=None):
         return reconstruct(

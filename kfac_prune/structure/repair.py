@@ -76,7 +76,7 @@ def reconstruct_smaller(
     return reconstruct(
         BlockStack(dense, windows, size, shelf),
         BlockStack(model, windows, size, shelf),
-        metrics(factors, damping or Damping()),
+        metrics(factors, damping or Damping(), settings.unit),
         settings,
         trained={layer.name for layer in layers},
         quiet=quiet,
