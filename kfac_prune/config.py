@@ -77,6 +77,11 @@ class Recipe:
     pattern: str = _option(
         "unstructured", "'unstructured', or n:m = keep n of every m consecutive weights in a row, e.g. 2:4"
     )
+    permute: bool = _option(
+        False,
+        "with an n:m pattern: first reorder FFN units, head dimensions and the residual stream so that the groups keep "
+        "more; the dense model's function and the architecture stay the same",
+    )
     structured: str | None = _option(
         None,
         "make the model smaller instead of sparse, by removing 'ffn' (hidden units), 'heads' (KV groups and query "
@@ -182,6 +187,11 @@ class Recipe:
             raise InputError(
                 f"pattern {self.pattern} removes {1 - groups[0] / groups[1]:.4g} of the weights, but sparsity is "
                 f"{self.sparsity}; leave sparsity out"
+            )
+        if self.permute and not groups:
+            raise InputError(
+                f"permute reorders the groups of an n:m pattern, and pattern is {self.pattern}; add a pattern such as "
+                "2:4, or drop permute"
             )
         if self.allocation is not None:
             if self.allocation not in ALLOCATIONS[self.method]:

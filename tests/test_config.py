@@ -19,7 +19,7 @@ TEXTS = ("model", "data", "out", "text_field", "pattern", "method", "fisher", "d
 OPTIONAL_TEXTS = ("eval_data", "separator", "allocation", "structured", "widths")
 COUNTS = ("samples", "eval_samples", "seqlen", "batch_size", "seed")
 LISTS = ("include", "ignore")
-SWITCHES = ("overwrite", "trust_remote_code")
+SWITCHES = ("permute", "overwrite", "trust_remote_code")
 OPTIONAL_SWITCHES = ("refit",)
 OPTIONAL_COUNTS = ("target_params", "multiple", "shots", "reconstruct")
 OPTIONAL_NUMBERS = ("sparsity", "damping", "target_latency")
@@ -219,6 +219,15 @@ def test_only_the_full_curvature_has_every_allocation():
     assert [m for m in METHODS if "curves" in ALLOCATIONS[m]] == ["kfac"]
     assert "global" not in ALLOCATIONS["layerwise"]
     assert all("uniform" in allowed for allowed in ALLOCATIONS.values())
+
+
+@pytest.mark.parametrize("more", [{}, {"structured": "ffn"}], ids=str)
+def test_permute_needs_a_pattern(more):
+    with pytest.raises(
+        InputError, match=r"^permute reorders the groups of an n:m pattern, and pattern is unstructured"
+    ):
+        recipe(permute=True, **more)
+    assert recipe(permute=True, pattern="2:4").permute
 
 
 @pytest.mark.parametrize("allocation", ["curves", "global"])

@@ -26,6 +26,7 @@ LAYERS = (
     ("refitting",),
     ("reconstruction",),
     ("structure",),
+    ("permute",),
     ("report", "demo", "inspect_model"),
     ("pipeline",),
     ("cli",),

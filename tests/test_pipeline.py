@@ -533,6 +533,20 @@ def test_reconstruction_of_a_sparse_model(unit, recipe):
     assert all(NM(2, 4).is_valid(layer.weight != 0) for layer in prunable_layers(model))
 
 
+def test_permuted_run(recipe):
+    """The dense figures are those of the model as it was, and the result loads and is valid."""
+    plain = run(recipe("llama", pattern="2:4"))
+    made = recipe("llama", pattern="2:4", permute=True, overwrite=True)
+    record = run(made)
+    assert plain["permuted"] == []
+    assert record["dense"]["loss"] == pytest.approx(plain["dense"]["loss"], rel=1e-5)
+    assert [one["kind"] for one in record["permuted"]] == ["ffn"] * 2 + ["heads"] * 4 + ["stream"]
+    assert all(0 < one["kept_before"] <= one["kept_after"] <= 1 for one in record["permuted"])
+    assert list(record["stages"])[:4] == ["load", "curvature", "permute", "plan"]
+    model = load(made.out)
+    assert all(NM(2, 4).is_valid(layer.weight != 0) for layer in prunable_layers(model))
+
+
 def test_parameters_that_were_asked_for(recipe):
     dense = llama().num_parameters()
     record = run(recipe(structured="ffn,heads", target_params=int(0.7 * dense), multiple=1))
