@@ -92,6 +92,11 @@ class Recipe:
     pattern: str = _option(
         "unstructured", "'unstructured', or n:m = keep n of every m consecutive weights in a row, e.g. 2:4"
     )
+    permute: bool | None = _option(
+        None,
+        "with an n:m pattern: first reorder FFN units, head dimensions and the residual stream so that the groups keep "
+        "more; the dense model's function and the architecture stay the same; default: on for kfac and layerwise",
+    )
     structured: str | None = _option(
         None,
         "make the model smaller instead of sparse, by removing 'ffn' (hidden units), 'heads' (KV groups and query "
@@ -203,6 +208,11 @@ class Recipe:
             raise InputError(f"sparsity is {self.sparsity}; it must be at least 0 and below 1")
         if self.damping is not None and not 0 < self.damping <= 1:
             raise InputError(f"damping is {self.damping}; it must be above 0 and at most 1")
+        if self.permute and self._implied is None:
+            raise InputError(
+                f"permute reorders the groups of an n:m pattern, and pattern is {self.pattern}; add a pattern such as "
+                "2:4, or drop permute"
+            )
         self._check_allocation()
         self._check_structured()
 
@@ -275,7 +285,7 @@ class Recipe:
         return tuple(part.strip() for part in (self.structured or "").split(",") if part.strip())
 
     def resolved(self) -> Recipe:
-        """The same recipe with sparsity, allocation, refit, reconstruct and damping filled in."""
+        """The same recipe with all that a rule decides filled in."""
         sparsity: float | None = 0.5 if self.sparsity is None else self.sparsity
         allocation: str | None = self.allocation or ALLOCATIONS[self.method][0]
         if self._implied is not None and not self._partly_dense:
@@ -286,11 +296,12 @@ class Recipe:
             reconstruct = RECONSTRUCT if wanted and self.samples >= 16 else 0
         if refit is None:
             refit = repairs and bool(self.structured or not reconstruct)
+        permute = repairs and self._implied is not None if self.permute is None else self.permute
         damping = (STRUCTURED_DAMPING if self.structured else DAMPING) if self.damping is None else self.damping
         if self.structured:
             open_target = self.target_params is None and self.target_latency is None
             sparsity, allocation = (sparsity if open_target else None), None
-        filled: dict[str, Any] = {"refit": refit, "reconstruct": reconstruct, "damping": damping}
+        filled: dict[str, Any] = {"permute": permute, "refit": refit, "reconstruct": reconstruct, "damping": damping}
         return dataclasses.replace(self, sparsity=sparsity, allocation=allocation, **filled)
 
     def to_yaml(self) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kfac_prune.config import Recipe, parse_pattern
+from kfac_prune.config import BASELINES, Recipe, parse_pattern
 from kfac_prune.curvature.estimate import estimate_factors, participants
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
@@ -37,6 +37,7 @@ from kfac_prune.models import (
 from kfac_prune.objective import CAUSAL, Objective, find_objective
 from kfac_prune.obs import NM
 from kfac_prune.operators import Damping
+from kfac_prune.permute import Permuted, permute_model
 from kfac_prune.plan import Probe, make_plan, prune
 from kfac_prune.quality import Quality, evaluate
 from kfac_prune.reconstruction import Reconstructed, Reconstruction, reconstruct_sparse, table
@@ -169,18 +170,34 @@ def _mask(job: Job) -> Outcome:
     with stages("curvature"):
         fisher: Any = recipe.fisher  # the recipe has checked it
         factors = estimate_factors(model, layers, job.calibration, fisher=fisher, seed=recipe.seed, **measured)
+    groups = parse_pattern(recipe.pattern)
+    assert recipe.sparsity is not None
+    assert recipe.allocation is not None
+    assert recipe.damping is not None
+    method: Any = recipe.method  # the recipe has checked it
+    pattern, damping = NM(*groups) if groups else None, Damping(recipe.damping)
+    permuted: list[Permuted] = []
+    if recipe.permute:
+        assert pattern is not None
+        with stages("permute"):
+            permuted = permute_model(
+                model,
+                layers,
+                factors,
+                pattern,
+                job.calibration,
+                objective=job.objective,
+                method="layerwise" if method in BASELINES else method,
+                damping=damping,
+                seed=recipe.seed,
+            )
     with stages("plan"):
-        groups = parse_pattern(recipe.pattern)
-        assert recipe.sparsity is not None
-        assert recipe.allocation is not None
-        assert recipe.damping is not None
-        pattern, damping = NM(*groups) if groups else None, Damping(recipe.damping)
         plan = make_plan(
             layers,
             factors,
             sparsity=recipe.sparsity,
             pattern=pattern,
-            method=recipe.method,  # type: ignore[arg-type]  # the recipe has checked it
+            method=method,
             allocation=recipe.allocation,
             damping=damping,
             probe=Probe.on(model, job.calibration, recipe.batch_size, job.objective),
@@ -223,7 +240,7 @@ def _mask(job: Job) -> Outcome:
     with stages("measure pruned"):
         pruned_quality = evaluate(model, job.held_out, dense=dense.swapped_in, label="pruned", **measured)
     covered = sum(layer.mask.numel() for layer in plan.layers) / model.num_parameters()
-    return Outcome(model, dense_quality, pruned_quality, plan_record(plan, refitted, reconstructed, covered))
+    return Outcome(model, dense_quality, pruned_quality, plan_record(plan, permuted, refitted, reconstructed, covered))
 
 
 def _shrink(job: Job) -> Outcome:

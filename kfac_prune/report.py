@@ -20,6 +20,7 @@ from kfac_prune.config import Recipe
 from kfac_prune.data import Windows
 from kfac_prune.models import Layer
 from kfac_prune.objective import Objective
+from kfac_prune.permute import Permuted
 from kfac_prune.plan import Plan
 from kfac_prune.quality import Quality
 from kfac_prune.reconstruction import Reconstructed
@@ -132,12 +133,17 @@ def result_record(
 
 
 def plan_record(
-    plan: Plan, refitted: Sequence[Refitted], reconstructed: Sequence[Reconstructed], covered: float
+    plan: Plan,
+    permuted: Sequence[Permuted],
+    refitted: Sequence[Refitted],
+    reconstructed: Sequence[Reconstructed],
+    covered: float,
 ) -> dict[str, Any]:
     """The part of the record that tells of masks.
 
     Args:
         plan: as applied.
+        permuted: the spaces that were permuted before it, empty if that was off.
         refitted: what the residual refit did, empty if it was off.
         reconstructed: what the reconstruction did, empty if it was off.
         covered: fraction of the model's parameters that are in the plan's layers.
@@ -158,6 +164,9 @@ def plan_record(
             }
             for layer in plan.layers
         },
+        "permuted": [
+            {"kind": p.kind, "name": p.name, "kept_before": p.before, "kept_after": p.after} for p in permuted
+        ],
         "refit": {r.name: {"loss_before": r.before, "loss_after": r.after} for r in refitted},
         "reconstruction": [asdict(r) for r in reconstructed],
     }

@@ -21,7 +21,7 @@ OPTIONAL_TEXTS = ("eval_data", "separator", "allocation", "structured", "widths"
 COUNTS = ("samples", "eval_samples", "seqlen", "batch_size", "seed")
 LISTS = ("include", "ignore")
 SWITCHES = ("overwrite", "resume", "trust_remote_code")
-OPTIONAL_SWITCHES = ("refit",)
+OPTIONAL_SWITCHES = ("refit", "permute")
 OPTIONAL_COUNTS = ("target_params", "multiple", "shots", "reconstruct")
 OPTIONAL_NUMBERS = ("sparsity", "damping", "target_latency")
 GROUPS = (TEXTS, OPTIONAL_TEXTS, COUNTS, LISTS, SWITCHES, OPTIONAL_SWITCHES, OPTIONAL_COUNTS, OPTIONAL_NUMBERS)
@@ -236,6 +236,15 @@ def test_only_the_full_curvature_has_every_allocation():
     assert all("uniform" in allowed for allowed in ALLOCATIONS.values())
 
 
+@pytest.mark.parametrize("more", [{}, {"structured": "ffn"}], ids=str)
+def test_permute_needs_a_pattern(more):
+    with pytest.raises(
+        InputError, match=r"^permute reorders the groups of an n:m pattern, and pattern is unstructured"
+    ):
+        recipe(permute=True, **more)
+    assert recipe(permute=True, pattern="2:4").permute
+
+
 @pytest.mark.parametrize("allocation", ["curves", "global"])
 def test_pattern_allows_only_uniform_allocation(allocation):
     with pytest.raises(InputError, match="pattern 2:4 fixes every layer's sparsity"):
@@ -262,6 +271,7 @@ def test_resolved_fills_in_what_was_left_open_only(fields, sparsity, allocation)
     made = recipe(**fields)
     epochs = 8 if made.method in ("kfac", "layerwise") else 0  # the methods that compensate
     filled = {"sparsity": sparsity, "allocation": allocation, "refit": False, "reconstruct": epochs, "damping": 0.03}
+    filled["permute"] = made.pattern != "unstructured" and epochs > 0
     assert made.resolved() == dataclasses.replace(made, **filled)
     assert made.resolved().resolved() == made.resolved()
 
@@ -398,7 +408,7 @@ def test_structured_value_out_of_range(name, value):
 )
 def test_resolved_leaves_structured_targets_alone(fields, sparsity):
     made = recipe(structured="ffn,heads", **fields)
-    filled = {"sparsity": sparsity, "allocation": None, "damping": 0.001}
+    filled = {"sparsity": sparsity, "allocation": None, "damping": 0.001, "permute": False}
     repaired = made.method in ("kfac", "layerwise")
     filled |= {"refit": repaired, "reconstruct": 8 if repaired else 0}
     assert made.resolved() == dataclasses.replace(made, **filled)

@@ -28,6 +28,7 @@ LAYERS = (
     ("refitting",),
     ("reconstruction",),
     ("structure",),
+    ("permute",),
     ("report", "demo", "inspect_model", "inputs"),
     ("pipeline",),
     ("cli",),

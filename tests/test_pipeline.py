@@ -271,10 +271,12 @@ def test_predictions_are_finite_and_solutions_near_optimal(case):
 
 def test_stages_are_told_in_order(case):
     assert [line[2:] for line in case.lines if line.startswith("- ")] == list(case.record["stages"])
+    first = ["permute"] if case.recipe.method in ("kfac", "layerwise") and case.recipe.pattern != "unstructured" else []
     repaired = ["reconstruct"] if case.recipe.method in ("kfac", "layerwise") else []
     assert list(case.record["stages"]) == [
         "load",
         "curvature",
+        *first,
         "plan",
         "measure dense",
         *repaired,
@@ -563,6 +565,20 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(fields, recipe, tmp_path, mon
     assert len(set(calls)) == len(calls) == 2
     assert not (tmp_path / "other.work").exists()
     assert "resume: false" in (Path(made.out) / "recipe.yaml").read_text()
+
+
+def test_permuted_run(recipe):
+    """The dense figures are those of the model as it was, and the result loads and is valid."""
+    plain = run(recipe("llama", pattern="2:4", permute=False))
+    made = recipe("llama", pattern="2:4", overwrite=True)
+    record = run(made)
+    assert plain["permuted"] == []
+    assert record["dense"]["loss"] == pytest.approx(plain["dense"]["loss"], rel=1e-5)
+    assert [one["kind"] for one in record["permuted"]] == ["ffn"] * 2 + ["heads"] * 4 + ["stream"]
+    assert all(0 < one["kept_before"] <= one["kept_after"] <= 1 for one in record["permuted"])
+    assert list(record["stages"])[:4] == ["load", "curvature", "permute", "plan"]
+    model = load(made.out)
+    assert all(NM(2, 4).is_valid(layer.weight != 0) for layer in prunable_layers(model))
 
 
 def test_parameters_that_were_asked_for(recipe):

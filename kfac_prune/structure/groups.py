@@ -127,7 +127,7 @@ def find_ffn(model: PreTrainedModel, layers: Sequence[Layer]) -> list[FfnUnits]:
     One with a further vector as long as it has units (a norm between its layers) couples them and is left out.
     """
     found = []
-    for name, producers, consumer in _matches(model, layers, FFN_LAYOUTS):
+    for name, producers, consumer in matches(model, layers, FFN_LAYOUTS):
         rows = {layer.shape[0] for layer in producers}
         stacked = 2 if len(producers) == 1 else 1
         fits = rows in ({consumer.shape[1]}, {stacked * consumer.shape[1]})
@@ -146,7 +146,7 @@ def find_heads(model: PreTrainedModel, layers: Sequence[Layer]) -> list[Attentio
         InputError: a normalisation over all heads couples them; names the attention.
     """
     found = []
-    for name, producers, consumer in _matches(model, layers, HEAD_LAYOUTS):
+    for name, producers, consumer in matches(model, layers, HEAD_LAYOUTS):
         width = getattr(model.get_submodule(name), "head_dim", None)
         if not isinstance(width, int) or any(layer.shape[0] % width for layer in producers):
             continue
@@ -175,7 +175,7 @@ def _others(model: PreTrainedModel, module: str, layers: Sequence[Layer]) -> lis
     return [(n, p) for n, p in model.get_submodule(module).named_parameters() if id(p) not in known]
 
 
-def _matches(
+def matches(
     model: PreTrainedModel, layers: Sequence[Layer], layouts: Sequence[tuple[tuple[str, ...], str]]
 ) -> list[tuple[str, tuple[Layer, ...], Layer]]:
     """(module, producers, consumer) of every place where a layout's names are all layers to prune."""

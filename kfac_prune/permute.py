@@ -1,0 +1,361 @@
+"""Channel permutations for n:m: the same function, with other weights sharing a group of m.
+
+Three spaces of a transformer can be permuted freely: the hidden units of an FFN, the dimensions that the values of one
+KV head share with the output projection, and the residual stream. Only layers whose *columns* are permuted gain; each
+belongs to one space, so the spaces are searched one by one. The objective is what the pattern's projection would keep
+of the scores, as in Pool & Yu (2021, "Channel Permutations for N:M Sparsity"); the dealt-out start is that of RIA
+(Zhang et al. 2024, §4.2). Deviation: our scores are the squared weights in the curvature's equilibrated coordinates,
+which compare across layers, and swaps are tried for all groups at once, paired as in a round-robin tournament.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kfac_prune.curvature.estimate import Factors, Method
+from kfac_prune.data import Windows
+from kfac_prune.errors import InputError
+from kfac_prune.models import Layer, prunable_layers
+from kfac_prune.objective import CAUSAL, Objective
+from kfac_prune.obs import NM, saliency
+from kfac_prune.operators import Damping
+from kfac_prune.structure.groups import FFN_LAYOUTS, HEAD_LAYOUTS, find_ffn, find_heads, matches
+
+logger = logging.getLogger("kfac_prune")
+
+KINDS = ("ffn", "heads", "stream")
+#: Rows of scores that the search of one space looks at; more are thinned evenly.
+ROWS = 8192
+#: Scalar comparisons that the search of one space may make; enough for a local optimum up to widths of about 1000.
+WORK = 2e10
+#: Attention layers that read and write the stream, and whose heads cannot be told apart by ``find_heads``.
+FUSED_LAYOUTS = ((("c_attn",), "c_proj"), (("query_key_value",), "dense"))  # GPT-2, GPT-NeoX
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Where the channels of a space lie in one parameter.
+
+    Attributes:
+        target: a layer, seen as [out, in], or another parameter of the model.
+        dim: 0 = rows (with the bias, where a layer has one), 1 = columns.
+        starts: where each copy of the channels begins; what lies between them stays.
+    """
+
+    target: Layer | nn.Parameter
+    dim: int
+    starts: tuple[int, ...] = (0,)
+
+    def index(self, permutation: Tensor) -> Tensor:
+        """The permutation of the whole axis."""
+        index = torch.arange(self.target.shape[self.dim])
+        for start in self.starts:
+            index[start : start + len(permutation)] = start + permutation
+        return index
+
+
+@dataclass(frozen=True)
+class Space:
+    """Channels that can be permuted without changing the function.
+
+    Attributes:
+        kind: "ffn", "heads" or "stream".
+        name: of the module.
+        width: number of channels.
+        axes: everywhere they lie.
+    """
+
+    kind: str
+    name: str
+    width: int
+    axes: tuple[Axis, ...]
+
+    def readers(self) -> list[tuple[Layer, tuple[int, ...]]]:
+        """The layers whose columns are permuted, and where the channels begin in them."""
+        return [(axis.target, axis.starts) for axis in self.axes if axis.dim == 1 and isinstance(axis.target, Layer)]
+
+
+@dataclass(frozen=True)
+class Permuted:
+    """One space that was permuted.
+
+    Attributes:
+        kind: of the space.
+        name: of the module.
+        permutation: [width]; channel i is now what permutation[i] was.
+        before: share of the readers' scores that the pattern's projection kept, on at most ``ROWS`` rows.
+        after: the same now; never less.
+        score: total of these scores.
+    """
+
+    kind: str
+    name: str
+    permutation: Tensor
+    before: float
+    after: float
+    score: float
+
+
+def find_permutation(scores: Sequence[Tensor], pattern: NM, *, seed: int = 0, work: float = WORK) -> Tensor:
+    """Order the columns so that the pattern keeps much: the better of two starts, then swaps that gain.
+
+    Of the swaps between two groups the best is made. All groups are paired with all others in turn, until a whole
+    tournament brings no gain (then no single swap would) or the work is spent. A last group of fewer than m columns
+    stays.
+
+    Args:
+        scores: each [out, in], at least 0, with the same columns.
+        pattern: n:m.
+        seed: of the order of the pairings.
+        work: comparisons of two scores to make at most, about.
+
+    Returns:
+        [in] int64: the new column i is the old column result[i]. ``kept_score`` of the result is never less.
+    """
+    table = torch.cat(list(scores)).T.contiguous()  # [in, rows]
+    n, m, width, rows = pattern.n, pattern.m, *table.shape
+    groups = width // m
+    unchanged = torch.arange(width, device=table.device)
+    if groups < 2:
+        return unchanged.cpu()
+    dealt = table[: groups * m].sum(1).argsort(descending=True, stable=True).view(m, groups).T.reshape(-1)
+    dealt = torch.cat([dealt, unchanged[groups * m :]])
+    start = max(unchanged, dealt, key=lambda order: kept_score(table[order].T, pattern))
+    place = start[: groups * m].view(groups, m).clone()
+    x = table[place]  # [groups, m, rows]
+    threshold, held = _entry(x, n)
+    teams = torch.randperm(groups, generator=torch.Generator().manual_seed(seed)).to(table.device)
+    teams = teams if groups % 2 == 0 else torch.cat([teams.new_tensor([-1]), teams])  # who meets -1 rests
+    half, idle = len(teams) // 2, 0
+    for _ in range(max(int(work / (width * m * rows)), 1)):
+        left, right = teams[:half], teams[half:].flip(0)
+        left, right = (side[left >= 0] for side in (left, right))
+        gain = _gain(threshold[left], held[left], x[right]) + _gain(threshold[right], held[right], x[left]).mT
+        best, at = gain.flatten(1).max(1)  # [pairs], over m · m swaps
+        worth = best > 100 * torch.finfo(x.dtype).eps * (held[left] + held[right]).amax(1)  # not rounding
+        if worth.any():
+            (g, h), (i, j) = (left[worth], right[worth]), (at[worth] // m, at[worth] % m)
+            x[g, i], x[h, j] = x[h, j], x[g, i]
+            place[g, i], place[h, j] = place[h, j], place[g, i]
+            changed = torch.cat([g, h])
+            threshold[changed], held[changed] = _entry(x[changed], n)
+        idle = 0 if worth.any() else idle + 1
+        if idle == len(teams) - 1:
+            break
+        teams = torch.cat([teams[:1], teams[-1:], teams[1:-1]])
+    found = torch.cat([place.view(-1), unchanged[groups * m :]])
+    return max(unchanged, found, key=lambda order: kept_score(table[order].T, pattern)).cpu()
+
+
+def kept_score(scores: Tensor, pattern: NM) -> float:
+    """Sum of the scores [out, in] that the pattern's projection keeps."""
+    return float((scores * pattern.project(scores)).sum(dtype=torch.float64))
+
+
+def _entry(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """What a newcomer in the place of each channel must exceed to be kept, and what leaves with that channel.
+
+    A group without channel i keeps, of a newcomer y, ``max(y, t)`` beside n − 1 others, t being the n-th largest of
+    the m − 1 that stay. With i itself as the newcomer, this is ``max(x_i, n-th largest of all m)``.
+
+    Args:
+        x: scores [groups, m, rows].
+        n: kept per group.
+
+    Returns:
+        t [groups, m, rows]; and Σ_rows max(x_i, t_i) [groups, m].
+    """
+    top = x.sort(dim=1, descending=True).values
+    last, next_one = top[:, n - 1 : n], top[:, n : n + 1]
+    return torch.where(x >= last, next_one, last), torch.maximum(x, last).sum(-1)
+
+
+def _gain(threshold: Tensor, held: Tensor, newcomers: Tensor) -> Tensor:
+    """What groups gain if channel i is replaced by newcomer j: [pairs, m (i), m (j)].
+
+    ``Σ max(t, y) = ½ (Σ t + Σ y + ‖t − y‖₁)``.
+    """
+    distance = torch.cdist(threshold, newcomers, p=1.0)
+    return 0.5 * (threshold.sum(-1).unsqueeze(2) + newcomers.sum(-1).unsqueeze(1) + distance) - held.unsqueeze(2)
+
+
+def find_spaces(model: PreTrainedModel, kind: str, m: int) -> list[Space]:
+    """The spaces of one kind that the architecture has.
+
+    Heads narrower than whole groups of m are left out, since their groups would straddle two heads.
+
+    Args:
+        model: whose shapes and names decide.
+        kind: "ffn", "heads" or "stream".
+        m: inputs per group.
+    """
+    linear = prunable_layers(model)
+    if kind == "ffn":
+        found = []
+        for ffn in find_ffn(model, linear):
+            starts = [tuple(range(0, layer.shape[0], ffn.units)) for layer in ffn.producers]
+            rows = [Axis(layer, 0, start) for layer, start in zip(ffn.producers, starts, strict=True)]
+            found.append(Space(kind, ffn.name, ffn.units, (*rows, Axis(ffn.consumer, 1))))
+        return found
+    if kind == "heads":
+        return list(_heads(model, linear, m))
+    return [stream] if (stream := _stream(model, linear)) is not None else []
+
+
+def _heads(model: PreTrainedModel, linear: Sequence[Layer], m: int) -> Iterator[Space]:
+    """One space for each KV group: rows of its values, columns of every query head that reads them."""
+    try:
+        attentions = find_heads(model, linear)
+    except InputError as error:  # a norm over all heads; it is told about removal
+        logger.info("permute: no head dimensions: %s", error)
+        return
+    for one in attentions:
+        if one.head_dim % m:
+            continue
+        values, d = one.producers[-1], one.head_dim
+        first = values.shape[0] - one.groups * d  # of the values, where queries and keys are stacked on them
+        for group in range(one.groups):
+            queries = range(group * one.per_group, (group + 1) * one.per_group)
+            columns = Axis(one.consumer, 1, tuple(query * d for query in queries))
+            yield Space("heads", f"{one.name}.{group}", d, (Axis(values, 0, (first + group * d,)), columns))
+
+
+def _stream(model: PreTrainedModel, linear: Sequence[Layer]) -> Space | None:
+    """The residual stream, if every parameter of the model is known to touch it in a known way or not at all."""
+    embedded, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    assert isinstance(embedded, nn.Parameter)
+    d = embedded.shape[1]
+    attentions = matches(model, linear, (*HEAD_LAYOUTS, *FUSED_LAYOUTS))
+    axes: list[Axis] = []
+    for _, readers, writer in (*matches(model, linear, FFN_LAYOUTS), *attentions):
+        axes += [*(Axis(reader, 1) for reader in readers), Axis(writer, 0)]
+    known = {id(p) for axis in axes if isinstance(axis.target, Layer) for p in axis.target.parameters()}
+    known |= {id(p) for name, _, _ in attentions for p in model.get_submodule(name).parameters()}  # norms of q and k
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    if head is not None:
+        tables.add(id(head.weight))
+        known.add(id(head.bias) if getattr(head, "bias", None) is not None else 0)  # one for every token
+    for name, parameter in model.named_parameters():
+        if id(parameter) in known:
+            continue
+        if parameter.ndim == 1 or id(parameter) in tables:  # norms and biases; embeddings and head
+            axes.append(Axis(parameter, parameter.ndim - 1))
+        else:
+            logger.info("permute: the residual stream stays: %s %s is not understood", name, list(parameter.shape))
+            return None
+    wrong = [axis for axis in axes if axis.target.shape[axis.dim] != d]
+    return None if wrong else Space("stream", model.base_model_prefix, d, tuple(axes))
+
+
+def permute_model(
+    model: PreTrainedModel,
+    layers: Sequence[Layer],
+    factors: Factors,
+    pattern: NM,
+    windows: Windows,
+    *,
+    objective: Objective = CAUSAL,
+    method: Method = "kfac",
+    damping: Damping | None = None,
+    kinds: Sequence[str] = KINDS,
+    seed: int = 0,
+) -> list[Permuted]:
+    """Permute the model in place so that the pattern keeps more of the given layers, and their factors with it.
+
+    The outputs on a window are compared before and after each kind; where they differ by more than rounding, the kind
+    is undone with a warning.
+
+    Args:
+        model: dense; the function that it computes stays the same.
+        layers: that will be pruned; spaces that none of them reads stay.
+        factors: of these layers; ``factors.layers`` afterwards holds those of the permuted model.
+        pattern: n:m.
+        windows: tokens to compare on.
+        objective: what the model computes.
+        method: curvature that scores the weights.
+        damping: of the factors; None is ``Damping()``.
+        kinds: of spaces.
+        seed: of the search.
+
+    Returns:
+        The spaces that were permuted.
+    """
+    names = {layer.name for layer in layers}
+    expected = _output(model, windows, objective)
+    rounding = max(torch.finfo(d).eps for d in (expected.dtype, torch.float32)) ** 0.5  # norms compute in float32
+    done: list[Permuted] = []
+    for kind in kinds:
+        made: list[tuple[Space, Permuted]] = []
+        for space in find_spaces(model, kind, pattern.m):
+            readers = [(layer, starts) for layer, starts in space.readers() if layer.name in names]
+            if not readers:
+                continue
+            table = _scores(readers, space.width, factors, method, damping or Damping())
+            total = float(table.sum(dtype=torch.float64))
+            if total == 0:
+                continue  # nothing to keep
+            permutation = find_permutation([table], pattern, seed=seed)
+            before, after = (kept_score(t, pattern) / total for t in (table, table[:, permutation.to(table.device)]))
+            _apply(space, permutation, factors)
+            made.append((space, Permuted(kind, space.name, permutation, before, after, total)))
+        off = float((_output(model, windows, objective) - expected).norm() / (expected - expected.mean()).norm())
+        if not off <= rounding:
+            for space, one in reversed(made):
+                _apply(space, one.permutation.argsort(), factors)
+            logger.warning("permute: %s is left as it was: its output would change by %.2g of their size", kind, off)
+            continue
+        done += [one for _, one in made]
+    return done
+
+
+def _scores(
+    readers: Sequence[tuple[Layer, tuple[int, ...]]], width: int, factors: Factors, method: Method, damping: Damping
+) -> Tensor:
+    """Squared weights in equilibrated coordinates (saliencies, where H is separable): [at most about ROWS, width]."""
+    step = -(-sum(layer.shape[0] * len(starts) for layer, starts in readers) // ROWS)
+    parts = []
+    for layer, starts in readers:
+        operator, _ = factors.layers[layer.name].operator(method, damping, where=layer.name)
+        weight = layer.weight.to(torch.float32)
+        scores = saliency(weight, operator) if operator.separable else (weight * operator.equilibrated()[1]).square()
+        parts += [scores[::step, start : start + width].clone() for start in starts]
+    return torch.cat(parts)
+
+
+def _apply(space: Space, permutation: Tensor, factors: Factors) -> None:
+    """Permute every axis of a space, and the factors of its layers and of the stream."""
+    if space.kind == "stream":
+        for name, g in factors.streams.items():
+            index = permutation.to(g.device)
+            factors.streams[name] = g[index][:, index]
+    for axis in space.axes:
+        target = axis.target
+        index = axis.index(permutation)
+        if isinstance(target, nn.Parameter):
+            target.data = target.data.index_select(axis.dim, index.to(target.device))
+            continue
+        on_device = index.to(target.weight.device)
+        bias = target.bias[on_device] if target.bias is not None and axis.dim == 0 else None
+        target.assign(target.weight.index_select(axis.dim, on_device), bias)
+        if target.name in factors.layers:
+            old = factors.layers[target.name]
+            index = index.to(old.a.device)
+            factors.layers[target.name] = (
+                replace(old, g=old.g[index][:, index])
+                if axis.dim == 0
+                else replace(old, a=old.a[index][:, index], mean=old.mean[index])
+            )
+
+
+@torch.no_grad()
+def _output(model: PreTrainedModel, windows: Windows, objective: Objective) -> Tensor:
+    """Of the first window."""
+    batch = next(windows.batches(1)).trimmed()
+    mask = None if batch.attention_mask is None else batch.attention_mask.to(model.device)
+    return objective.output(model, batch.input_ids.to(model.device), mask)
