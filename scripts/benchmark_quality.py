@@ -11,11 +11,12 @@ one JSON line with commit, device and versions; the table in README.md is writte
 """
 
 import argparse
+import copy
 import json
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from kfac_prune.curvature.estimate import Factors, estimate_factors
 from kfac_prune.data import Windows, consecutive_windows, read_documents, sample_windows, token_stream
 from kfac_prune.models import context_length, load_model, load_tokenizer, prunable_layers
 from kfac_prune.obs import NM
+from kfac_prune.permute import permute_model
 from kfac_prune.plan import Plan, Probe, loss_curves, make_plan, prune
 from kfac_prune.quality import Quality, evaluate
 from kfac_prune.reconstruction import Reconstruction, reconstruct_sparse
@@ -183,36 +185,45 @@ class Benchmark:
             return
         groups = None if level.endswith("%") else parse_pattern(level)
         pattern = NM(*groups) if groups else None
+        model, layers, factors = self.model, self.layers, self.factors
+        assert self.dense.loss is not None  # measured while it is dense
+        self.seconds = {name: value for name, value in self.seconds.items() if name in ("curvature", "curves")}
+        if pattern is not None and method in ("kfac", "layerwise"):  # the command line's default
+            model = copy.deepcopy(self.model)
+            layers = prunable_layers(model)
+            factors = replace(factors, layers=dict(factors.layers), streams=dict(factors.streams))
+            self.timed("permute", lambda: permute_model(
+                model, layers, factors, pattern, self.calibration, method=method  # type: ignore[arg-type]
+            ))  # fmt: skip
         probed = method == "kfac" and (groups is None or not MODELS[self.name].larger)  # else it decides nothing
         curves = self.curves if METHODS[method] == "curves" and groups is None else None
         plan = self.timed("plan", lambda: make_plan(
-            self.layers,
-            self.factors,
+            layers,
+            factors,
             sparsity=None if groups else float(level[:-1]) / 100,
             pattern=pattern,
             method=method,  # type: ignore[arg-type]
             allocation=METHODS[method],
             curves=curves,
-            probe=Probe.on(self.model, self.calibration, self.batch) if probed else None,
+            probe=Probe.on(model, self.calibration, self.batch) if probed else None,
         ))  # fmt: skip
-        swap = prune(self.layers, plan)
-        pruned = [(layer, layer.weight, layer.bias) for layer in self.layers]
+        swap = prune(layers, plan)
+        pruned = [(layer, layer.weight, layer.bias) for layer in layers]
         for repair in wanted:
             for layer, weight, bias in pruned:
                 layer.assign(weight, bias)
             self.seconds.pop("repair", None)
             if repair == "refit":
                 self.timed("repair", lambda: refit(
-                    self.model, self.layers, plan, self.factors, self.calibration, swap.swapped_in, pattern=pattern,
+                    model, layers, plan, factors, self.calibration, swap.swapped_in, pattern=pattern,
                     batch_size=self.batch,
                 ))  # fmt: skip
             elif repair == "reconstruction":
                 self.timed("repair", lambda: reconstruct_sparse(
-                    self.model, plan, self.factors, self.calibration, swap.swapped_in, Reconstruction(RECONSTRUCT)
+                    model, plan, factors, self.calibration, swap.swapped_in, Reconstruction(RECONSTRUCT)
                 ))  # fmt: skip
-            self.write(cell_name(method, repair), level, plan, evaluate(
-                self.model, self.test, dense=swap.swapped_in, batch_size=self.batch
-            ))  # fmt: skip
+            quality = evaluate(model, self.test, dense=swap.swapped_in, batch_size=self.batch)
+            self.write(cell_name(method, repair), level, plan, quality)
         swap.restore()
 
     def write(self, method: str, level: str, plan: Plan, quality: Quality) -> None:
