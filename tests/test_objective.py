@@ -21,6 +21,7 @@ from kfac_prune.errors import InputError
 from kfac_prune.models import Layer, load_config, prunable_layers
 from kfac_prune.objective import Classes, Embedding, Tokens, find_objective, neighbours_kept
 from kfac_prune.pipeline import measure, run
+from kfac_prune.plan import PlannedLayer, Probe
 from kfac_prune.quality import evaluate
 
 WORDS = [f"w{i}" for i in range(40)]
@@ -286,6 +287,21 @@ def test_divergence_is_that_of_single_sequences(kind):
     if kind != "masked":
         name = "cosine" if kind == "embedding" else "agreement"
         assert found.likeness[name] == pytest.approx(sum(vectors) / 9, abs=1e-5)
+
+
+def test_a_probe_of_sentences_of_many_lengths():
+    """It starts at a layer's block from the stream of the dense model, whatever each batch is padded to."""
+    model, windows = tiny(layers=2), padded(9)
+    assert len({int(b.trimmed().input_ids.shape[1]) for b in windows.batches(2)}) > 1
+    layer = prunable_layers(model)[-2]
+    assert layer.name.startswith("encoder.layer.1.")
+    pruned = layer.weight * (torch.arange(layer.weight.shape[1]) % 2)
+    planned = PlannedLayer(layer.name, pruned, layer.bias, pruned != 0, predicted=1.0, kkt=None, damping=())
+    found = Probe(model, windows, 2, Embedding())(layer, planned)
+    dense = tiny(layers=2)
+    layer.assign(pruned, layer.bias)
+    assert found == pytest.approx(evaluate(model, windows, objective=Embedding(), dense=dense).kl, rel=1e-3)
+    assert found > 0
 
 
 # --- choice and refusals --------------------------------------------------------------------------------------------

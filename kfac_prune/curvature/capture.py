@@ -111,7 +111,7 @@ class FactorCapture:
             output = output[0] if isinstance(output, tuple) else output
             if not output.requires_grad:
                 kind = "block" if name in self.blocks else "layer"
-                raise RuntimeError(f"{kind} {name}: no gradient flows to its output; the model detaches its activations")
+                raise RuntimeError(f"{kind} {name}: no gradient flows to its output; the model detaches activations")
             output.register_hook(lambda gradient: self._see_gradient(name, gradient))
 
         return after
