@@ -198,15 +198,13 @@ class Probe:
         self, model: PreTrainedModel, windows: Windows, batch_size: int = 4, objective: Objective = CAUSAL
     ) -> None:
         self.model, self.windows, self.objective = model, windows, objective
-        self._stack = BlockStack(model, windows, batch_size)
+        self._stack = stack = BlockStack(model, windows, batch_size)
         trimmed = map(WindowBatch.trimmed, windows.batches(batch_size))  # as ``evaluate`` does with sequences
         self._batches = [Windows(batch.input_ids, batch.attention_mask) for batch in trimmed]
-        self._streams = [self._stack.entries]  # [block][batch]
+        self._streams = [stack.entries]  # [block][batch]
         with torch.no_grad():
-            for block in range(len(self._stack.names) - 1):
-                self._streams.append(
-                    [self._stack.keep(self._stack.run(block, i, x)) for i, x in enumerate(self._streams[-1])]
-                )
+            for block in range(len(stack.names) - 1):
+                self._streams.append([stack.keep(stack.run(block, i, x)) for i, x in enumerate(self._streams[-1])])
 
     @classmethod
     def on(
