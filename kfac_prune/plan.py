@@ -17,7 +17,7 @@ from kfac_prune.allocate import LossCurve, allocate, least_subset
 from kfac_prune.baselines import sparsegpt, wanda
 from kfac_prune.config import ALLOCATIONS
 from kfac_prune.curvature.estimate import Factors, Method
-from kfac_prune.data import Windows
+from kfac_prune.data import WindowBatch, Windows
 from kfac_prune.errors import InputError
 from kfac_prune.linalg import kth_largest
 from kfac_prune.models import Layer, WeightSwap, prunable_layers
@@ -198,13 +198,13 @@ class Probe:
         self, model: PreTrainedModel, windows: Windows, batch_size: int = 4, objective: Objective = CAUSAL
     ) -> None:
         self.model, self.windows, self.objective = model, windows, objective
-        self._stack = BlockStack(model, windows, batch_size)
-        self._batches = [Windows(b.input_ids, b.attention_mask) for b in windows.batches(batch_size)]
-        self._streams = [self._stack.entries]  # [block][batch]
+        self._stack = stack = BlockStack(model, windows, batch_size)
+        trimmed = map(WindowBatch.trimmed, windows.batches(batch_size))  # as ``evaluate`` does with sequences
+        self._batches = [Windows(batch.input_ids, batch.attention_mask) for batch in trimmed]
+        self._streams = [stack.entries]  # [block][batch]
         with torch.no_grad():
-            for block in range(len(self._stack.names) - 1):
-                after = [self._stack.run(block, i, stream) for i, stream in enumerate(self._streams[-1])]
-                self._streams.append([self._stack.keep(stream) for stream in after])
+            for block in range(len(stack.names) - 1):
+                self._streams.append([stack.keep(stack.run(block, i, x)) for i, x in enumerate(self._streams[-1])])
 
     @classmethod
     def on(
@@ -223,9 +223,9 @@ class Probe:
         layer.assign(planned.weight, planned.bias)
         total = tokens = 0.0
         try:
-            for i, batch in enumerate(self._batches):
-                short = nullcontext() if block is None else begun_at(self._stack, block, self._streams[block][i])
-                with short:
+            for batch, stream in zip(self._batches, self._streams[block or 0], strict=True):
+                begin = stream[:, : batch.input_ids.shape[1]]
+                with nullcontext() if block is None else begun_at(self._stack, block, begin):
                     quality = evaluate(
                         self.model, batch, objective=self.objective, dense=dense.swapped_in, batch_size=len(batch)
                     )

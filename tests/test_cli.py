@@ -344,7 +344,7 @@ def test_prune_refuses(name, here, capsys):
         (["prune", "m", "--samples", "many"], "--samples"),
         (["prune", "m", "--samples", "1.5"], "--samples"),
         (["prune", "m", "--sparsity", "half"], "--sparsity"),
-        (["prune", "m", "--method", "wanda"], "--method"),
+        (["prune", "m", "--method", "lottery"], "--method"),
         (["prune", "m", "--allocation", "even"], "--allocation"),
         (["prune", "m", "--dtype", "int8"], "--dtype"),
         (["prune", "m", "extra"], "extra"),
@@ -442,6 +442,9 @@ def test_options_reach_the_recipe(here):
         "--separator": r"\n\t",
         "--eval-data": "text.txt",
         "--text-field": "story",
+        "--objective": "tokens",
+        "--reconstruct": "0",
+        "--streams": "device",
     }
     lists = ["--include", "*.mlp.*", "--include", "*q_proj", "--ignore", "*.0.*"]
     given = [part for option in options.items() for part in option]
@@ -471,6 +474,7 @@ def test_options_reach_the_recipe(here):
         "eval_data": "text.txt",
         "separator": "\n\t",
         "text_field": "story",
+        "objective": "tokens",
         "samples": 32,
         "eval_samples": 8,
         "seqlen": 16,
@@ -485,6 +489,8 @@ def test_options_reach_the_recipe(here):
         "shots": None,
         "reconstruct": 0,
         "reconstruct_unit": "block",
+        "resume": False,
+        "streams": "device",
         "method": "layerwise",
         "allocation": "uniform",
         "refit": False,

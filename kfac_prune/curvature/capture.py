@@ -110,7 +110,8 @@ class FactorCapture:
         def after(module: nn.Module, args: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
             output = output[0] if isinstance(output, tuple) else output
             if not output.requires_grad:
-                raise RuntimeError(f"{name}: no gradient flows to its output; the model detaches its activations")
+                kind = "block" if name in self.blocks else "layer"
+                raise RuntimeError(f"{kind} {name}: no gradient flows to its output; the model detaches activations")
             output.register_hook(lambda gradient: self._see_gradient(name, gradient))
 
         return after

@@ -1,0 +1,238 @@
+"""What a sentence-embedding model loses: how far its vectors move and which neighbours they keep, per method and level.
+
+Sentences are those of WikiText-2, 5 to 60 words long: 512 of the training text to calibrate on, 2,000 others of the
+test and validation texts to measure on. Methods, rows and table are in the style of scripts/benchmark_quality.py; the
+level "ffn 20%" makes the model smaller by a fifth of its block weights, all of them hidden FFN units.
+
+    python scripts/benchmark_embedding.py --model FOLDER --out benchmarks/embedding.jsonl
+    python scripts/benchmark_embedding.py --model FOLDER --missing      # only cells not yet there
+    python scripts/benchmark_embedding.py --table                       # only rewrite README's table
+"""
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Callable
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark_quality import METHODS, NAMES, ROOT, cell_name, commit, read_rows, replace_between
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from kfac_prune.allocate import LossCurve
+from kfac_prune.config import RECONSTRUCT, parse_pattern
+from kfac_prune.curvature.estimate import Factors, estimate_factors, participants
+from kfac_prune.data import Document, choose_texts, sequence_windows
+from kfac_prune.models import load_config, load_model, load_tokenizer, prunable_layers
+from kfac_prune.objective import find_objective
+from kfac_prune.obs import NM
+from kfac_prune.plan import Probe, loss_curves, make_plan, prune
+from kfac_prune.reconstruction import Reconstruction, reconstruct_sparse
+from kfac_prune.report import peak_memory_bytes, versions
+from kfac_prune.structure.prune import Settings, prune_structured, weights_target
+from kfac_prune.structure.repair import reconstruct_smaller
+
+SAMPLES, TEST_SENTENCES, SEQLEN, BATCH = 512, 2000, 128, 16
+STRUCTURED = "ffn 20%"
+#: Columns and, with each of ``REPAIRS``, rows of the table.
+LEVELS = ("30%", "50%", "70%", "2:4", STRUCTURED)
+TRIED = ("magnitude", "wanda", "layerwise", "kfac")
+REPAIRS = ("none", "reconstruction")
+BEGIN, END = "<!-- embedding table: begin -->", "<!-- embedding table: end -->"
+
+
+def main() -> None:
+    """Run the cells that were asked for, then write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder of the sentence-embedding model, such as all-MiniLM-L6-v2")
+    parser.add_argument("--reference", type=Path, default=ROOT.parent / "shared" / "reference",
+                        help="folder with text/; default: %(default)s")  # fmt: skip
+    parser.add_argument("--methods", nargs="+", choices=TRIED, default=TRIED, help="default: all")
+    parser.add_argument("--repairs", nargs="+", choices=REPAIRS, default=REPAIRS, help="default: all")
+    parser.add_argument("--levels", nargs="+", default=LEVELS, help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "embedding.jsonl",
+                        help="JSON lines; cells that are run again are replaced; default: %(default)s")  # fmt: skip
+    parser.add_argument("--missing", action="store_true", help="leave out cells that --out has")
+    parser.add_argument("--table", action="store_true", help="run nothing, only write the table into README.md")
+    arguments = parser.parse_args()
+    if not arguments.table:
+        if arguments.model is None:
+            parser.error("--model is needed, but for --table")
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        benchmark = Benchmark(arguments)
+        for level, method in product(arguments.levels, arguments.methods):
+            benchmark.run(method, level)
+    replace_between(ROOT / "README.md", BEGIN, END, table(read_rows(arguments.out)))
+
+
+def sentences(*files: Path) -> list[Document]:
+    """Sentences of 5 to 60 words without unknown ones, in the order of the files; headings left out."""
+    found = []
+    for file in files:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if not line.startswith(" ="):
+                text = re.sub(r" @(.)@ ", r"\1", line)  # WikiText writes "17 @-@ match"
+                found += [f"{part.strip()} ." for part in text.split(" . ") if "<unk>" not in part]
+    return [Document(text, True) for text in found if 5 <= len(text.split()) - 1 <= 60]
+
+
+class Benchmark:
+    """The model with all that its cells share, computed when first needed.
+
+    Args:
+        arguments: of the command line.
+    """
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.name = Path(arguments.model).name
+        self.objective = find_objective("embedding", arguments.model, load_config(arguments.model))
+        self.model = load_model(arguments.model, dtype="float32")
+        tokenizer, text = load_tokenizer(arguments.model), arguments.reference / "text"
+        calibration, test = choose_texts(
+            sentences(text / "wikitext2_train.txt"),
+            sentences(text / "wikitext2_test.txt", text / "wikitext2_valid.txt"),
+            (SAMPLES, TEST_SENTENCES), seed=0, share=0.0,
+        )  # fmt: skip
+        self.calibration = sequence_windows(tokenizer, calibration, SEQLEN)
+        self.test = sequence_windows(tokenizer, sorted(test, key=len), SEQLEN)  # alike in length: little padding
+        self.layers = participants(self.model, prunable_layers(self.model), self.calibration, self.objective)
+        self.dense = self.vectors(self.model)
+        self.seconds: dict[str, float] = {}
+
+    def timed(self, name: str, make: Callable[[], Any]) -> Any:
+        """The result of ``make``, whose seconds go into every row."""
+        start = time.perf_counter()
+        result = make()
+        self.seconds[name] = time.perf_counter() - start
+        return result
+
+    @torch.inference_mode()
+    def vectors(self, model: PreTrainedModel) -> Tensor:
+        """Of the test sentences, [N, d]."""
+        batches = (batch.trimmed() for batch in self.test.batches(BATCH))
+        return torch.cat([self.objective.output(model, batch.input_ids, batch.attention_mask) for batch in batches])
+
+    @cached_property
+    def factors(self) -> Factors:
+        """Curvature of all layers."""
+        return self.timed("curvature", lambda: estimate_factors(
+            self.model, self.layers, self.calibration, objective=self.objective, batch_size=BATCH
+        ))  # fmt: skip
+
+    @cached_property
+    def curves(self) -> dict[str, LossCurve]:
+        """Loss curves of all layers."""
+        factors = self.factors
+        return self.timed("curves", lambda: loss_curves(self.layers, factors))
+
+    def run(self, method: str, level: str) -> None:
+        """The cells of one method at one level: one shot, then reconstructed from there."""
+        rows = read_rows(self.arguments.out) if self.arguments.missing else []
+        done = {(r["model"], r["method"], r["level"]) for r in rows}
+        wanted = [r for r in self.arguments.repairs if (self.name, cell_name(method, r), level) not in done]
+        if level == STRUCTURED:
+            wanted = [r for r in wanted if method != "wanda" and (r == "none" or method == "kfac")]
+        if wanted:
+            (self.shrink if level == STRUCTURED else self.mask)(method, level, wanted)
+
+    def mask(self, method: str, level: str, wanted: list[str]) -> None:
+        """Zeros, in place."""
+        groups = None if level.endswith("%") else parse_pattern(level)
+        curves = self.curves if METHODS[method] == "curves" and groups is None else None
+        factors = self.factors
+        plan = self.timed("plan", lambda: make_plan(
+            self.layers,
+            factors,
+            sparsity=None if groups else float(level[:-1]) / 100,
+            pattern=NM(*groups) if groups else None,
+            method=method,  # type: ignore[arg-type]
+            allocation=METHODS[method],
+            curves=curves,
+            probe=Probe.on(self.model, self.calibration, BATCH, self.objective) if method == "kfac" else None,
+        ))  # fmt: skip
+        swap = prune(self.layers, plan)
+        figures = {"allocation": plan.allocation, "sparsity": plan.sparsity, "kl_predicted": plan.predicted}
+        for repair in wanted:
+            self.seconds.pop("repair", None)
+            if repair == "reconstruction":
+                self.timed("repair", lambda: reconstruct_sparse(
+                    self.model, plan, factors, self.calibration, swap.swapped_in, Reconstruction(RECONSTRUCT)
+                ))  # fmt: skip
+            self.write(cell_name(method, repair), level, self.model, figures)
+        swap.restore()
+
+    def shrink(self, method: str, level: str, wanted: list[str]) -> None:
+        """A smaller model; no refit, since these blocks normalise what they add to the residual stream."""
+        target = weights_target(self.model, self.layers, 0.2)
+        settings = Settings(method=method, refit=False, objective=self.objective, batch_size=BATCH)  # type: ignore[arg-type]
+        factors = self.factors
+        best, _ = self.timed("plan", lambda: prune_structured(
+            self.model, self.layers, self.calibration, target, kinds=("ffn",), settings=settings
+        ))  # fmt: skip
+        figures = {
+            "widths": best.widths,
+            "shots": best.shots,
+            "sparsity": target.saved(best.model) / sum(layer.weight.numel() for layer in self.layers),
+            "kl_predicted": best.predicted,
+        }
+        for repair in wanted:
+            self.seconds.pop("repair", None)
+            if repair == "reconstruction":
+                self.timed("repair", lambda: reconstruct_smaller(
+                    self.model, best.model, self.layers, factors, self.calibration, Reconstruction(RECONSTRUCT)
+                ))  # fmt: skip
+            self.write(cell_name(method, repair), level, best.model, figures)
+
+    def write(self, method: str, level: str, model: PreTrainedModel, figures: dict[str, Any]) -> None:
+        """Measure a model and add a cell to the file, or replace it there."""
+        pruned = self.vectors(model)
+        row = {
+            "model": self.name,
+            "method": method,
+            "level": level,
+            **figures,
+            "kl": float(self.objective.divergence(self.dense, pruned).double().mean()),
+            **self.objective.likeness(self.dense, pruned),
+            "samples": SAMPLES,
+            "test_sentences": len(self.test),
+            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+            "peak_memory_bytes": peak_memory_bytes(),
+            "device": self.model.device.type,
+            "threads": torch.get_num_threads(),
+            "commit": commit(),
+            "versions": versions(),
+        }
+        rows = read_rows(self.arguments.out)
+        rows = [old for old in rows if any(old[k] != row[k] for k in ("model", "method", "level"))] + [row]
+        self.arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        self.arguments.out.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        print(
+            f"{method:24} {level:>7}  ½ distance² {row['kl']:.4f}  predicted {row['kl_predicted']:.4f}  "
+            f"cosine {row['cosine']:.4f}  neighbours {row['neighbours_kept']:.3f}  {row['seconds']}",
+            flush=True,
+        )
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Cosine and neighbours kept per method and level."""
+    lines = ["| method | " + " | ".join(LEVELS) + " |", "|---|" + "---|" * len(LEVELS)]
+    cells = {(r["method"], r["level"]): f"{r['cosine']:.3f} / {r['neighbours_kept']:.2f}" for r in rows}
+    for repair, method in product(REPAIRS, TRIED):
+        found = [cells.get((cell_name(method, repair), level), "–") for level in LEVELS]
+        if any(one != "–" for one in found):
+            label = NAMES[method] + ("" if repair == "none" else f" + {repair}")
+            label = f"**{label} (default)**" if (method, repair) == ("kfac", "reconstruction") else label
+            lines.append(f"| {label} | " + " | ".join(found) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
