@@ -16,7 +16,7 @@ from kfac_prune.errors import InputError
 PATHS = {"model": "m", "data": "d", "out": "o"}
 FIELDS = [f.name for f in dataclasses.fields(Recipe)]
 TEXTS = ("model", "data", "out", "text_field", "pattern", "method", "fisher", "device", "dtype")
-TEXTS += ("reconstruct_unit", "streams")
+TEXTS += ("reconstruct_unit", "streams", "objective")
 OPTIONAL_TEXTS = ("eval_data", "separator", "allocation", "structured", "widths")
 COUNTS = ("samples", "eval_samples", "seqlen", "batch_size", "seed")
 LISTS = ("include", "ignore")
