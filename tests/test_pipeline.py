@@ -113,6 +113,8 @@ def recipe(place, tmp_path):
 
     def make(model="llama", **fields):
         default = {"model": str(place / model), "data": str(place / "text.txt"), "out": str(tmp_path / "out")}
+        if fields.get("method", "kfac") in ("kfac", "layerwise") and not fields.get("refit"):
+            default["reconstruct"] = 1  # epoch, which is enough here
         return Recipe(**{**default, "samples": 48, "eval_samples": 16, "seqlen": 16, **fields})
 
     return make
@@ -163,6 +165,7 @@ def case(request, place, tmp_path_factory):
         samples=48,
         eval_samples=16,
         seqlen=16,
+        reconstruct=1 if method in ("kfac", "layerwise") else None,
     )
     record = run(made, echo=lines.append)
     return SimpleNamespace(
@@ -573,6 +576,14 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(fields, recipe, tmp_path, mon
     assert len(set(calls)) == len(calls) == 2
     assert not (tmp_path / "other.work").exists()
     assert "resume: false" in (Path(made.out) / "recipe.yaml").read_text()
+
+
+def test_a_refit_instead(recipe):
+    record = run(recipe("llama", pattern="2:4", refit=True))
+    assert record["reconstruction"] == []
+    assert len(record["refit"]) == 4
+    assert all(one["loss_after"] < one["loss_before"] for one in record["refit"].values())
+    assert list(record["stages"])[-3:] == ["refit", "measure pruned", "save"]
 
 
 def test_permuted_run(recipe):
