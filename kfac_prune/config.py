@@ -77,10 +77,10 @@ class Recipe:
     pattern: str = _option(
         "unstructured", "'unstructured', or n:m = keep n of every m consecutive weights in a row, e.g. 2:4"
     )
-    permute: bool = _option(
-        False,
+    permute: bool | None = _option(
+        None,
         "with an n:m pattern: first reorder FFN units, head dimensions and the residual stream so that the groups keep "
-        "more; the dense model's function and the architecture stay the same",
+        "more; the dense model's function and the architecture stay the same; default: on for kfac with an n:m pattern",
     )
     structured: str | None = _option(
         None,
@@ -234,7 +234,7 @@ class Recipe:
         return tuple(part.strip() for part in (self.structured or "").split(",") if part.strip())
 
     def resolved(self) -> Recipe:
-        """The same recipe with sparsity, allocation, refit, reconstruct and damping filled in."""
+        """The same recipe with sparsity, allocation, permute, refit, reconstruct and damping filled in."""
         groups = parse_pattern(self.pattern)
         sparsity: float | None = 0.5 if self.sparsity is None else self.sparsity
         allocation: str | None = self.allocation or ALLOCATIONS[self.method][0]
@@ -243,11 +243,12 @@ class Recipe:
         refit = self.method in ("kfac", "layerwise") if self.refit is None else self.refit
         fits = self.structured and refit and self.samples >= 16  # two batches, one of them held out
         reconstruct = (8 if fits else 0) if self.reconstruct is None else self.reconstruct
+        permute = groups is not None and self.method == "kfac" if self.permute is None else self.permute
         damping = (STRUCTURED_DAMPING if self.structured else DAMPING) if self.damping is None else self.damping
         if self.structured:
             open_target = self.target_params is None and self.target_latency is None
             sparsity, allocation = (sparsity if open_target else None), None
-        filled: dict[str, Any] = {"refit": refit, "reconstruct": reconstruct, "damping": damping}
+        filled: dict[str, Any] = {"refit": refit, "reconstruct": reconstruct, "damping": damping, "permute": permute}
         return dataclasses.replace(self, sparsity=sparsity, allocation=allocation, **filled)
 
     def to_yaml(self) -> str:

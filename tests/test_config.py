@@ -19,8 +19,8 @@ TEXTS = ("model", "data", "out", "text_field", "pattern", "method", "fisher", "d
 OPTIONAL_TEXTS = ("eval_data", "separator", "allocation", "structured", "widths")
 COUNTS = ("samples", "eval_samples", "seqlen", "batch_size", "seed")
 LISTS = ("include", "ignore")
-SWITCHES = ("permute", "overwrite", "trust_remote_code")
-OPTIONAL_SWITCHES = ("refit",)
+SWITCHES = ("overwrite", "trust_remote_code")
+OPTIONAL_SWITCHES = ("permute", "refit")
 OPTIONAL_COUNTS = ("target_params", "multiple", "shots", "reconstruct")
 OPTIONAL_NUMBERS = ("sparsity", "damping", "target_latency")
 GROUPS = (TEXTS, OPTIONAL_TEXTS, COUNTS, LISTS, SWITCHES, OPTIONAL_SWITCHES, OPTIONAL_COUNTS, OPTIONAL_NUMBERS)
@@ -230,6 +230,13 @@ def test_permute_needs_a_pattern(more):
     assert recipe(permute=True, pattern="2:4").permute
 
 
+def test_permutation_is_on_for_kfac_with_a_pattern():
+    assert recipe(pattern="2:4").resolved().permute is True
+    assert recipe(pattern="2:4", permute=False).resolved().permute is False
+    assert recipe(pattern="2:4", method="layerwise").resolved().permute is False
+    assert recipe().resolved().permute is recipe(structured="ffn").resolved().permute is False
+
+
 @pytest.mark.parametrize("allocation", ["curves", "global"])
 def test_pattern_allows_only_uniform_allocation(allocation):
     with pytest.raises(InputError, match="pattern 2:4 fixes every layer's sparsity"):
@@ -256,6 +263,7 @@ def test_resolved_fills_in_what_was_left_open_only(fields, sparsity, allocation)
     made = recipe(**fields)
     refit = made.method in ("kfac", "layerwise")  # the methods that compensate
     filled = {"sparsity": sparsity, "allocation": allocation, "refit": refit, "reconstruct": 0, "damping": 0.03}
+    filled["permute"] = made.pattern != "unstructured" and made.method == "kfac"
     assert made.resolved() == dataclasses.replace(made, **filled)
     assert made.resolved().resolved() == made.resolved()
 
@@ -363,7 +371,7 @@ def test_structured_value_out_of_range(name, value):
 )
 def test_resolved_leaves_structured_targets_alone(fields, sparsity):
     made = recipe(structured="ffn,heads", **fields)
-    filled = {"sparsity": sparsity, "allocation": None, "damping": 0.001}
+    filled = {"sparsity": sparsity, "allocation": None, "damping": 0.001, "permute": False}
     repaired = made.method in ("kfac", "layerwise")
     filled |= {"refit": repaired, "reconstruct": 8 if repaired else 0}
     assert made.resolved() == dataclasses.replace(made, **filled)
