@@ -95,7 +95,7 @@ class Recipe:
     permute: bool | None = _option(
         None,
         "with an n:m pattern: first reorder FFN units, head dimensions and the residual stream so that the groups keep "
-        "more; the dense model's function and the architecture stay the same; default: on for kfac and layerwise",
+        "more; the dense model's function and the architecture stay the same; default: on for kfac with an n:m pattern",
     )
     structured: str | None = _option(
         None,
@@ -296,7 +296,7 @@ class Recipe:
             reconstruct = RECONSTRUCT if wanted and self.samples >= 16 else 0
         if refit is None:
             refit = repairs and bool(self.structured or not reconstruct)
-        permute = repairs and self._implied is not None if self.permute is None else self.permute
+        permute = self.method == "kfac" and self._implied is not None if self.permute is None else self.permute
         damping = (STRUCTURED_DAMPING if self.structured else DAMPING) if self.damping is None else self.damping
         if self.structured:
             open_target = self.target_params is None and self.target_latency is None

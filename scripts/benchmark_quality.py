@@ -188,12 +188,12 @@ class Benchmark:
         model, layers, factors = self.model, self.layers, self.factors
         assert self.dense.loss is not None  # measured while it is dense
         self.seconds = {name: value for name, value in self.seconds.items() if name in ("curvature", "curves")}
-        if pattern is not None and method in ("kfac", "layerwise"):  # the command line's default
+        if pattern is not None and method == "kfac":  # the command line's default
             model = copy.deepcopy(self.model)
             layers = prunable_layers(model)
             factors = replace(factors, layers=dict(factors.layers), streams=dict(factors.streams))
             self.timed("permute", lambda: permute_model(
-                model, layers, factors, pattern, self.calibration, method=method  # type: ignore[arg-type]
+                model, layers, factors, pattern, self.calibration
             ))  # fmt: skip
         probed = method == "kfac" and (groups is None or not MODELS[self.name].larger)  # else it decides nothing
         curves = self.curves if METHODS[method] == "curves" and groups is None else None

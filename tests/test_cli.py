@@ -481,6 +481,7 @@ def test_options_reach_the_recipe(here):
         "batch_size": 3,
         "sparsity": 0.75,
         "pattern": "1:4",
+        "permute": False,
         "structured": None,
         "target_params": None,
         "target_latency": None,

@@ -245,6 +245,13 @@ def test_permute_needs_a_pattern(more):
     assert recipe(permute=True, pattern="2:4").permute
 
 
+def test_permutation_is_on_for_kfac_with_a_pattern():
+    assert recipe(pattern="2:4").resolved().permute is True
+    assert recipe(pattern="2:4", permute=False).resolved().permute is False
+    assert recipe(pattern="2:4", method="layerwise").resolved().permute is False
+    assert recipe().resolved().permute is recipe(structured="ffn").resolved().permute is False
+
+
 @pytest.mark.parametrize("allocation", ["curves", "global"])
 def test_pattern_allows_only_uniform_allocation(allocation):
     with pytest.raises(InputError, match="pattern 2:4 fixes every layer's sparsity"):
@@ -271,7 +278,7 @@ def test_resolved_fills_in_what_was_left_open_only(fields, sparsity, allocation)
     made = recipe(**fields)
     epochs = 8 if made.method in ("kfac", "layerwise") else 0  # the methods that compensate
     filled = {"sparsity": sparsity, "allocation": allocation, "refit": False, "reconstruct": epochs, "damping": 0.03}
-    filled["permute"] = made.pattern != "unstructured" and epochs > 0
+    filled["permute"] = made.pattern != "unstructured" and made.method == "kfac"
     assert made.resolved() == dataclasses.replace(made, **filled)
     assert made.resolved().resolved() == made.resolved()
 

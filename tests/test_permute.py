@@ -1,6 +1,7 @@
 """Channel permutations: the function stays, factors follow, and the search finds what brute force finds."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from kfac_prune import permute
 from kfac_prune.curvature.estimate import estimate_factors
 from kfac_prune.models import prunable_layers
 from kfac_prune.obs import NM
-from kfac_prune.permute import KINDS, find_permutation, find_spaces, kept_score, permute_model
+from kfac_prune.operators import Damping
+from kfac_prune.permute import find_permutation, kept_score, permute_model
 from kfac_prune.plan import make_plan, prune
+from kfac_prune.structure.spaces import KINDS, Axis, find_spaces
 
 TEXT_FAMILIES = {name: f for name, f in FAMILIES.items() if f.auto is AutoModelForCausalLM} | {"olmo2": COUPLED}
 WIDE_HEADS = {"llama", "llama-biased", "llama-tied", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3"}  # width 4
@@ -147,7 +150,7 @@ def test_kept_shares_are_those_of_the_scores(all_float64):
     down = next(layer for layer in layers if layer.name == "model.layers.1.mlp.down_proj")
 
     def share():
-        operator, _ = factors.layers[down.name].operator("kfac", permute.Damping(), where="", dtype=torch.float64)
+        operator, _ = factors.layers[down.name].operator("kfac", Damping(), where="", dtype=torch.float64)
         root = [(f.diagonal() / f.inverse().diagonal()) ** 0.5 for f in (operator.g, operator.a)]
         scores = down.weight.square() * torch.outer(*root)
         return kept_by_hand(scores, list(range(40)), 2, 4) / float(scores.sum())
@@ -176,8 +179,8 @@ def test_a_space_that_changes_the_function_is_undone(monkeypatch, caplog):
     real = find_spaces
 
     def wrong(model, kind, m):
-        query = permute.Axis(next(layer for layer in layers if "q_proj" in layer.name), 0)
-        return [permute.replace(s, axes=(*s.axes, query)) if s.kind == "stream" else s for s in real(model, kind, m)]
+        query = Axis(next(layer for layer in layers if "q_proj" in layer.name), 0)
+        return [replace(s, axes=(*s.axes, query)) if s.kind == "stream" else s for s in real(model, kind, m)]
 
     monkeypatch.setattr(permute, "find_spaces", wrong)
     made = permute_model(model, layers, factors, NM(2, 4), WINDOWS, kinds=["stream"])
