@@ -10,7 +10,6 @@ level "ffn 20%" makes the model smaller by a fifth of its block weights, all of 
 """
 
 import argparse
-import json
 import re
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_quality import METHODS, NAMES, ROOT, cell_name, commit, read_rows, replace_between
+from benchmark_quality import METHODS, NAMES, ROOT, cell_name, circumstances, put_row, read_rows, replace_between
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -34,7 +33,6 @@ from kfac_prune.objective import find_objective
 from kfac_prune.obs import NM
 from kfac_prune.plan import Probe, loss_curves, make_plan, prune
 from kfac_prune.reconstruction import Reconstruction, reconstruct_sparse
-from kfac_prune.report import peak_memory_bytes, versions
 from kfac_prune.structure.prune import Settings, prune_structured, weights_target
 from kfac_prune.structure.repair import reconstruct_smaller
 
@@ -203,17 +201,9 @@ class Benchmark:
             **self.objective.likeness(self.dense, pruned),
             "samples": SAMPLES,
             "test_sentences": len(self.test),
-            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
-            "peak_memory_bytes": peak_memory_bytes(),
-            "device": self.model.device.type,
-            "threads": torch.get_num_threads(),
-            "commit": commit(),
-            "versions": versions(),
+            **circumstances(self.model, self.seconds),
         }
-        rows = read_rows(self.arguments.out)
-        rows = [old for old in rows if any(old[k] != row[k] for k in ("model", "method", "level"))] + [row]
-        self.arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        self.arguments.out.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        put_row(self.arguments.out, row)
         print(
             f"{method:24} {level:>7}  ½ distance² {row['kl']:.4f}  predicted {row['kl_predicted']:.4f}  "
             f"cosine {row['cosine']:.4f}  neighbours {row['neighbours_kept']:.3f}  {row['seconds']}",

@@ -238,22 +238,33 @@ class Benchmark:
             "d": quality.loss - self.dense.loss,
             "kl": quality.kl,
             "kl_predicted": plan.predicted,
-            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
-            "peak_memory_bytes": peak_memory_bytes(),
-            "device": self.model.device.type,
-            "threads": torch.get_num_threads(),
-            "commit": commit(),
-            "versions": versions(),
+            **circumstances(self.model, self.seconds),
         }
-        rows = read_rows(self.arguments.out)
-        rows = [old for old in rows if any(old[k] != row[k] for k in ("model", "method", "level"))] + [row]
-        self.arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        self.arguments.out.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        put_row(self.arguments.out, row)
         print(
             f"{self.name:25} {method:24} {level:>4}  d {row['d']:.4f}  KL {quality.kl:.4f}  predicted "
             f"{plan.predicted:.4f}  {row['seconds']}",
             flush=True,
         )
+
+
+def circumstances(model: torch.nn.Module, seconds: dict[str, float]) -> dict[str, Any]:
+    """What every row tells of how it came about."""
+    return {
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "peak_memory_bytes": peak_memory_bytes(),
+        "device": next(model.parameters()).device.type,
+        "threads": torch.get_num_threads(),
+        "commit": commit(),
+        "versions": versions(),
+    }
+
+
+def put_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a cell to a file of JSON lines, or replace it there."""
+    rows = [old for old in read_rows(path) if any(old[k] != row[k] for k in ("model", "method", "level"))] + [row]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
 def cell_name(method: str, repair: str) -> str:
