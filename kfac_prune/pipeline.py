@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -52,7 +51,7 @@ from kfac_prune.report import (
     shrunk_record,
     summary,
 )
-from kfac_prune.store import check_output, new_folder, work_folder
+from kfac_prune.store import check_output, clear_work, new_folder, work_folder
 from kfac_prune.structure.latency import latency_target, speeds
 from kfac_prune.structure.prune import Settings, find_groups, parameters_target, prune_structured, weights_target
 from kfac_prune.structure.repair import reconstruct_smaller
@@ -103,7 +102,7 @@ def run(recipe: Recipe, *, echo: Callable[[str], None] = logger.info, quiet: boo
     recipe = replace(recipe.resolved(), device=resolve_device(recipe.device))
     job = _load(recipe, echo, quiet)
     if not recipe.resume:
-        shutil.rmtree(work_folder(recipe.out), ignore_errors=True)
+        clear_work(recipe.out)
     recipe = job.recipe
     outcome = _shrink(job) if recipe.structured else _mask(job)
     with new_folder(recipe.out, overwrite=recipe.overwrite) as folder:
@@ -127,7 +126,7 @@ def run(recipe: Recipe, *, echo: Callable[[str], None] = logger.info, quiet: boo
         (folder / "recipe.yaml").write_text(replace(recipe, resume=False).to_yaml(), encoding="utf-8")
         (folder / "kfac_prune.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card(recipe, record), encoding="utf-8")
-    shutil.rmtree(work_folder(recipe.out), ignore_errors=True)
+    clear_work(recipe.out)
     echo(summary(record))
     echo(f"saved to {recipe.out}")
     return record

@@ -66,6 +66,16 @@ def work_folder(out: str) -> Path:
     return target.with_name(f"{target.name}.work")
 
 
+def clear_work(out: str) -> None:
+    """Remove what runs that write to ``out`` have left in its work folder, and nothing else that may lie there."""
+    folder = work_folder(out)
+    if folder.is_dir():
+        for file in (*folder.glob("reconstruction-*.safetensors"), *folder.glob("reconstruction-*.partial")):
+            file.unlink()
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
 @contextmanager
 def new_folder(out: str, *, overwrite: bool) -> Iterator[Path]:
     """A temporary folder beside ``out`` that becomes ``out`` when the block ends well, and vanishes when it fails.

@@ -253,3 +253,17 @@ def test_too_little_room(tmp_path, monkeypatch):
     assert check_output(str(tmp_path / "a" / "out"), overwrite=False, need_bytes=1_500_000_000)
     assert set(asked) == {tmp_path}
     assert tree(tmp_path) == {}
+
+
+def test_only_what_runs_left_is_cleared(tmp_path):
+    work = store.work_folder(str(tmp_path / "out"))
+    store.clear_work(str(tmp_path / "out"))  # there is none
+    work.mkdir()
+    (work / "notes.txt").write_text("mine")
+    for name in ("reconstruction-0000-a.safetensors", "reconstruction-0001-b.partial"):
+        (work / name).touch()
+    store.clear_work(str(tmp_path / "out"))
+    assert [file.name for file in work.iterdir()] == ["notes.txt"]
+    (work / "notes.txt").unlink()
+    store.clear_work(str(tmp_path / "out"))
+    assert not work.exists()
