@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from kfac_prune.obs import NM
     from kfac_prune.operators import Damping
     from kfac_prune.pipeline import run
-    from kfac_prune.plan import Plan, Probe, make_plan, prune
+    from kfac_prune.plan import Plan, make_plan, prune
+    from kfac_prune.probe import Probe
     from kfac_prune.quality import Quality, evaluate
     from kfac_prune.reconstruction import Reconstruction, reconstruct_sparse
     from kfac_prune.refitting import refit
@@ -39,7 +40,7 @@ _HOME = {
     "InputError": "errors",
     "NM": "obs",
     "Plan": "plan",
-    "Probe": "plan",
+    "Probe": "probe",
     "Quality": "quality",
     "Recipe": "config",
     "Reconstruction": "reconstruction",

@@ -13,7 +13,8 @@ from kfac_prune.data import consecutive_windows, read_documents, sample_windows,
 from kfac_prune.export import save_model
 from kfac_prune.models import load_model, load_tokenizer, prunable_layers
 from kfac_prune.obs import NM
-from kfac_prune.plan import Probe, loss_curves, make_plan, prune
+from kfac_prune.plan import loss_curves, make_plan, prune
+from kfac_prune.probe import Probe
 from kfac_prune.quality import Quality, evaluate
 from kfac_prune.store import check_output, new_folder
 

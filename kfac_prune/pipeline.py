@@ -37,7 +37,8 @@ from kfac_prune.objective import CAUSAL, Objective, find_objective
 from kfac_prune.obs import NM
 from kfac_prune.operators import Damping
 from kfac_prune.permute import Permuted, permute_model
-from kfac_prune.plan import Probe, make_plan, prune
+from kfac_prune.plan import make_plan, prune
+from kfac_prune.probe import Probe
 from kfac_prune.quality import Quality, evaluate
 from kfac_prune.reconstruction import Reconstructed, Reconstruction, reconstruct_sparse, table
 from kfac_prune.refitting import Refitted, refit

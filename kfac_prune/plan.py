@@ -4,71 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from kfac_prune.allocate import LossCurve, allocate, least_subset
-from kfac_prune.baselines import sparsegpt, wanda
 from kfac_prune.config import ALLOCATIONS
-from kfac_prune.curvature.estimate import Factors, Method
-from kfac_prune.data import WindowBatch, Windows
+from kfac_prune.curvature.estimate import Factors
 from kfac_prune.errors import InputError
 from kfac_prune.linalg import kth_largest
-from kfac_prune.models import Layer, WeightSwap, prunable_layers
-from kfac_prune.objective import CAUSAL, Objective
-from kfac_prune.obs import FAST, NM, Pattern, Unstructured, saliency, solve
-from kfac_prune.operators import Curvature, Damping, DampingRecord, quadratic_loss
-from kfac_prune.quality import evaluate
-from kfac_prune.stream import BlockStack, begun_at
+from kfac_prune.models import Layer, WeightSwap
+from kfac_prune.obs import FAST, NM, Unstructured, saliency, solve
+from kfac_prune.operators import Damping
+from kfac_prune.probe import Probe
+from kfac_prune.problems import PlannedLayer, Problems, PruningMethod
 
-#: How a layer can be pruned: by one of the curvatures, or by a method of the field.
-PruningMethod = Method | Literal["sparsegpt", "wanda"]
 #: Sparsities at which a layer's loss curve is computed.
 CURVE_POINTS = (0.3, 0.5, 0.7, 0.9)
-#: A measured loss below this fraction of the predicted one is taken for noise of a small sample.
-MIN_FACTOR = 0.5
-#: Calibration tokens of a probe, and how many passes over the calibration windows all layers together may take (but a
-#: probe has at least 4 windows: with 4 of 256 tokens the loss was at most 6 % above that with 16 or 32).
-PROBE_TOKENS, PROBE_PASSES = 4096, 8
-
-
-@dataclass(frozen=True)
-class PlannedLayer:
-    """One layer of a plan.
-
-    Attributes:
-        name: of the layer.
-        weight: [out, in], pruned and compensated, in the model's dtype.
-        bias: [out] or None.
-        mask: [out, in] bool, True = kept.
-        predicted: nats per token that the change costs: under the damped G ⊗ A whatever the method, times what a probe
-            found between measured and predicted.
-        kkt: relative KKT residual of the method's own problem (0 = optimal compensation); None where none was
-            solved.
-        damping: what was added to the factors.
-        groups_fit: False where an n:m pattern does not divide the width: the last group is shorter than m, and
-            hardware that needs whole groups cannot use the layer.
-    """
-
-    name: str
-    weight: Tensor
-    bias: Tensor | None
-    mask: Tensor
-    predicted: float
-    kkt: float | None
-    damping: tuple[DampingRecord, ...]
-    groups_fit: bool = True
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of weights removed."""
-        return 1 - int(self.mask.sum()) / self.mask.numel()
 
 
 @dataclass(frozen=True)
@@ -136,7 +89,7 @@ def make_plan(
         allocation: "curves", "uniform" or "global" (see ``Recipe``); where a pattern leaves nothing to choose, ignored.
         damping: of the factors; None is ``Damping()``.
         curves: from ``loss_curves``, for allocation "curves"; None computes them.
-        probe: measures single pruned layers, to correct the predictions and with them allocation "curves"; None trusts
+        probe: measures pruned layers, to correct the predictions and with them what is chosen by "curves"; None trusts
             the predictions as they are.
         quiet: show no progress bars.
     """
@@ -168,136 +121,13 @@ def make_plan(
         sparsities, factor = _by_curves(layers, problems, sparsity, curves, probe, quiet)
     planned = []
     for layer in tqdm(layers, desc="solve", unit="layer", disable=quiet):
-        made = problems.solve(layer, pattern or Unstructured(sparsities[layer.name]))
-        if probe is not None and layer.name not in factor:
-            factor[layer.name] = probe.factor(layer, made)
-        planned.append(replace(made, predicted=made.predicted * factor.get(layer.name, 1.0)))
+        planned.append(problems.solve(layer, pattern or Unstructured(sparsities[layer.name])))
+    if probe is not None and not factor:
+        factor = probe.factors(layers, planned, together=target is None, quiet=quiet)
+    planned = [replace(made, predicted=made.predicted * factor.get(made.name, 1.0)) for made in planned]
     if target is not None:
         planned = _cheapest(layers, planned, target)
     return Plan(tuple(planned), method, allocation)
-
-
-class Probe:
-    """Measures what pruning one layer alone costs, where all others are dense.
-
-    The second-order prediction holds for most layers and can be several times too small for a few: in the demo model
-    for two matrices of the first block, where K-FAC's assumption that activations and gradients are independent
-    presumably fails. Left uncorrected, just these layers look cheap and are given up.
-
-    The dense residual stream before every block is kept, so that a measurement runs only the blocks from the layer's
-    own on.
-
-    Args:
-        model: dense at this moment.
-        windows: calibration tokens to measure on; a few thousand do.
-        batch_size: windows per pass.
-        objective: what the model computes.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, windows: Windows, batch_size: int = 4, objective: Objective = CAUSAL
-    ) -> None:
-        self.model, self.windows, self.objective = model, windows, objective
-        self._stack = stack = BlockStack(model, windows, batch_size)
-        trimmed = map(WindowBatch.trimmed, windows.batches(batch_size))  # as ``evaluate`` does with sequences
-        self._batches = [Windows(batch.input_ids, batch.attention_mask) for batch in trimmed]
-        self._streams = [stack.entries]  # [block][batch]
-        with torch.no_grad():
-            for block in range(len(stack.names) - 1):
-                self._streams.append([stack.keep(stack.run(block, i, x)) for i, x in enumerate(self._streams[-1])])
-
-    @classmethod
-    def on(
-        cls, model: PreTrainedModel, calibration: Windows, batch_size: int = 4, objective: Objective = CAUSAL
-    ) -> Probe:
-        """A probe on the last few calibration windows, fewer where the model has many layers."""
-        affordable = PROBE_PASSES * len(calibration) // len(prunable_layers(model))
-        count = max(min(affordable, PROBE_TOKENS * len(calibration) // calibration.tokens), 4)
-        few = calibration.split(count)[1] if len(calibration) > count else calibration
-        return cls(model, few, batch_size, objective)
-
-    def __call__(self, layer: Layer, planned: PlannedLayer) -> float:
-        """KL(dense‖model with this layer pruned), nats per token; the model is dense again afterwards."""
-        block = next((i for i, name in enumerate(self._stack.names) if layer.name.startswith(f"{name}.")), None)
-        dense = WeightSwap([layer])
-        layer.assign(planned.weight, planned.bias)
-        total = tokens = 0.0
-        try:
-            for batch, stream in zip(self._batches, self._streams[block or 0], strict=True):
-                begin = stream[:, : batch.input_ids.shape[1]]
-                with nullcontext() if block is None else begun_at(self._stack, block, begin):
-                    quality = evaluate(
-                        self.model, batch, objective=self.objective, dense=dense.swapped_in, batch_size=len(batch)
-                    )
-                assert quality.kl is not None
-                total += quality.kl * quality.tokens
-                tokens += quality.tokens
-        finally:
-            dense.restore()
-        return total / tokens
-
-    def factor(self, layer: Layer, planned: PlannedLayer) -> float:
-        """Measured over predicted loss, at least ``MIN_FACTOR``; 1 where nothing is predicted to be lost."""
-        return max(self(layer, planned) / planned.predicted, MIN_FACTOR) if planned.predicted > 0 else 1.0
-
-
-@dataclass(frozen=True)
-class Problems:
-    """The pruning problem of each layer under one method.
-
-    Attributes:
-        factors: of all layers.
-        method: by which layers are pruned.
-        damping: of the factors.
-    """
-
-    factors: Factors
-    method: PruningMethod
-    damping: Damping
-
-    def __call__(self, layer: Layer) -> tuple[Tensor, Curvature, list[DampingRecord]]:
-        """W [out, in] in float32, its curvature, and what damping that took; for methods with a curvature."""
-        assert self.method != "sparsegpt"
-        assert self.method != "wanda"
-        operator, records = self.factors.layers[layer.name].operator(self.method, self.damping, where=layer.name)
-        return layer.weight.to(torch.float32), operator, records
-
-    def solve(self, layer: Layer, pattern: Pattern) -> PlannedLayer:
-        """Prune one layer by the method, round to the model's dtype, and predict what that costs."""
-        statistics = self.factors.layers[layer.name]
-        weight, bias = layer.weight.to(torch.float32), layer.bias
-        fisher: Curvature | None = None
-        kkt: float | None = None
-        records: list[DampingRecord] = []
-        if self.method == "wanda":
-            mask = wanda(weight, statistics.a, pattern)
-            x = weight * mask
-        elif self.method == "sparsegpt":
-            x, mask, record = sparsegpt(weight, statistics.a, pattern, where=layer.name)
-            records = [record]
-        else:
-            weight, operator, records = self(layer)
-            solution = solve(weight, operator, pattern)
-            x, mask, kkt = solution.weight, solution.mask, solution.kkt
-            fisher = operator if self.method == "kfac" else None
-        if fisher is None:  # the unit of every prediction, whatever the method pruned by
-            fisher, _ = statistics.operator("kfac", self.damping, where=layer.name)
-        rounded = x.to(layer.weight.dtype)
-        change = rounded.to(weight.dtype) - weight
-        shift = torch.zeros_like(weight[:, 0])
-        if bias is not None and self.method in ("kfac", "layerwise"):
-            shift = statistics.bias_update(change)
-            bias = (bias.to(weight.dtype) + shift).to(bias.dtype)
-        return PlannedLayer(
-            name=layer.name,
-            weight=rounded,
-            bias=bias,
-            mask=mask,
-            predicted=quadratic_loss(fisher, change) + statistics.bias_loss(change, shift),
-            kkt=kkt,
-            damping=tuple(records),
-            groups_fit=not isinstance(pattern, NM) or layer.shape[1] % pattern.m == 0,
-        )
 
 
 def loss_curves(
@@ -333,13 +163,14 @@ def _by_curves(
         Sparsity per layer, and the factor that the probe found between measured and predicted loss.
     """
     first = allocate(curves, sparsity)
-    corrected, factor = dict(curves), {}
-    for layer in tqdm(layers, desc="refine curves", unit="layer", disable=quiet):
-        chosen = first[layer.name]
-        if chosen > 0:
-            made = problems.solve(layer, Unstructured(chosen))
-            factor[layer.name] = 1.0 if probe is None else probe.factor(layer, made)
-            corrected[layer.name] = curves[layer.name].corrected(chosen, made.predicted * factor[layer.name])
+    chosen = [layer for layer in layers if first[layer.name] > 0]
+    bar = tqdm(chosen, desc="refine curves", unit="layer", disable=quiet)
+    planned = [problems.solve(layer, Unstructured(first[layer.name])) for layer in bar]
+    factor = dict.fromkeys(first, 1.0) if probe is None else probe.factors(chosen, planned, quiet=quiet)
+    corrected = dict(curves)
+    for made in planned:
+        point, measured = first[made.name], made.predicted * factor[made.name]
+        corrected[made.name] = curves[made.name].corrected(point, measured)
     return allocate(corrected, sparsity), factor
 
 

@@ -25,7 +25,8 @@ from kfac_prune.linalg import inverse_from_cholesky, shifted
 from kfac_prune.models import Layer
 from kfac_prune.obs import Pattern, Unstructured, compensate, select
 from kfac_prune.operators import Damping, Kronecker
-from kfac_prune.plan import Plan, PlannedLayer
+from kfac_prune.plan import Plan
+from kfac_prune.problems import PlannedLayer
 from kfac_prune.stream import BlockStack, Writer, find_writers, observed
 
 logger = logging.getLogger("kfac_prune")

@@ -7,7 +7,7 @@ recorded once per batch, so masks, padding and position embeddings are exactly t
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -143,11 +143,12 @@ def _on_disk(stream: Tensor) -> Tensor:
 
 
 @contextmanager
-def begun_at(stack: BlockStack, block: int, stream: Tensor) -> Iterator[None]:
-    """Within the block the model's forward pass begins at a block, whose input is a stream recorded before.
+def begun_at(stack: BlockStack, block: int, streams: Iterable[Tensor]) -> Iterator[None]:
+    """Within the block the model's forward passes begin at a block; each takes the next of the recorded streams.
 
-    The blocks before it cost nothing; embeddings and head run as ever, so the tokens must be those of the stream.
+    The blocks before it cost nothing; embeddings and head run as ever, so the tokens must be those of the streams.
     """
+    inputs = iter(streams)
 
     def passes(module: nn.Module) -> Callable[..., Any]:
         forward = module.forward
@@ -156,17 +157,20 @@ def begun_at(stack: BlockStack, block: int, stream: Tensor) -> Iterator[None]:
             return (hidden_states, *[None] * (stack.outputs - 1)) if stack.outputs else hidden_states
 
         def begins(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return forward(stream.to(hidden_states.device), *args, **kwargs)
+            return forward(next(inputs).to(hidden_states.device), *args, **kwargs)
 
         return begins if module is stack.blocks[block] else unchanged
 
+    outer = [vars(module).get("forward") for module in stack.blocks]  # of a context around this one
     for module in stack.blocks[: block + 1]:
         module.forward = passes(module)
     try:
         yield
     finally:
-        for module in stack.blocks[: block + 1]:
+        for module, forward in zip(stack.blocks[: block + 1], outer, strict=False):
             del module.forward
+            if forward is not None:
+                module.forward = forward
 
 
 class _Stopped(Exception):

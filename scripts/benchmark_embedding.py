@@ -31,7 +31,8 @@ from kfac_prune.data import Document, choose_texts, sequence_windows
 from kfac_prune.models import load_config, load_model, load_tokenizer, prunable_layers
 from kfac_prune.objective import find_objective
 from kfac_prune.obs import NM
-from kfac_prune.plan import Probe, loss_curves, make_plan, prune
+from kfac_prune.plan import loss_curves, make_plan, prune
+from kfac_prune.probe import Probe
 from kfac_prune.reconstruction import Reconstruction, reconstruct_sparse
 from kfac_prune.structure.prune import Settings, prune_structured, weights_target
 from kfac_prune.structure.repair import reconstruct_smaller

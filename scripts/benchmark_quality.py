@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from kfac_prune.allocate import LossCurve
@@ -31,11 +32,13 @@ from kfac_prune.data import Windows, consecutive_windows, read_documents, sample
 from kfac_prune.models import context_length, load_model, load_tokenizer, prunable_layers
 from kfac_prune.obs import NM
 from kfac_prune.permute import permute_model
-from kfac_prune.plan import Plan, Probe, loss_curves, make_plan, prune
+from kfac_prune.plan import Plan, loss_curves, make_plan, prune
+from kfac_prune.probe import Probe
 from kfac_prune.quality import Quality, evaluate
 from kfac_prune.reconstruction import Reconstruction, reconstruct_sparse
 from kfac_prune.refitting import refit
 from kfac_prune.report import peak_memory_bytes, versions
+from kfac_prune.stream import BlockStack, begun_at
 
 ROOT = Path(__file__).resolve().parents[1]
 WIKITEXT, STORIES = ("wikitext2_train.txt", "wikitext2_test.txt"), ("tinystories_train.txt", "tinystories_test.json")
@@ -175,6 +178,22 @@ class Benchmark:
         """Of the dense model."""
         return evaluate(self.model, self.test, batch_size=self.batch)
 
+    @cached_property
+    def dense_streams(self) -> tuple[BlockStack, list[torch.Tensor]]:
+        """Test windows within the dense model, before its last block: all else of it is run but once."""
+        stack = BlockStack(self.model, self.test, self.batch)
+        streams = stack.entries
+        with torch.no_grad():
+            for block in range(len(stack.names) - 1):
+                streams = [stack.keep(stack.run(block, batch, x)) for batch, x in enumerate(streams)]
+        return stack, streams
+
+    def measure(self, model: PreTrainedModel) -> Quality:
+        """Of a pruned model, beside the dense one."""
+        stack, streams = self.dense_streams
+        with begun_at(stack, len(stack.names) - 1, streams):
+            return evaluate(model, self.test, dense=self.model, batch_size=self.batch)
+
     def run(self, method: str, level: str) -> None:
         """The cells of one method at one level: one shot, then each repair from there."""
         rows = read_rows(self.arguments.out)
@@ -185,17 +204,15 @@ class Benchmark:
             return
         groups = None if level.endswith("%") else parse_pattern(level)
         pattern = NM(*groups) if groups else None
-        model, layers, factors = self.model, self.layers, self.factors
-        assert self.dense.loss is not None  # measured while it is dense
+        factors = self.factors
+        model = copy.deepcopy(self.model)
+        layers = prunable_layers(model)
         self.seconds = {name: value for name, value in self.seconds.items() if name in ("curvature", "curves")}
         if pattern is not None and method == "kfac":  # the command line's default
-            model = copy.deepcopy(self.model)
-            layers = prunable_layers(model)
             factors = replace(factors, layers=dict(factors.layers), streams=dict(factors.streams))
             self.timed("permute", lambda: permute_model(
                 model, layers, factors, pattern, self.calibration
             ))  # fmt: skip
-        probed = method == "kfac" and (groups is None or not MODELS[self.name].larger)  # else it decides nothing
         curves = self.curves if METHODS[method] == "curves" and groups is None else None
         plan = self.timed("plan", lambda: make_plan(
             layers,
@@ -205,7 +222,7 @@ class Benchmark:
             method=method,  # type: ignore[arg-type]
             allocation=METHODS[method],
             curves=curves,
-            probe=Probe.on(model, self.calibration, self.batch) if probed else None,
+            probe=Probe.on(model, self.calibration, self.batch) if method == "kfac" else None,
         ))  # fmt: skip
         swap = prune(layers, plan)
         pruned = [(layer, layer.weight, layer.bias) for layer in layers]
@@ -222,9 +239,7 @@ class Benchmark:
                 self.timed("repair", lambda: reconstruct_sparse(
                     model, plan, factors, self.calibration, swap.swapped_in, Reconstruction(RECONSTRUCT)
                 ))  # fmt: skip
-            quality = evaluate(model, self.test, dense=swap.swapped_in, batch_size=self.batch)
-            self.write(cell_name(method, repair), level, plan, quality)
-        swap.restore()
+            self.write(cell_name(method, repair), level, plan, self.measure(model))
 
     def write(self, method: str, level: str, plan: Plan, quality: Quality) -> None:
         """Add a cell to the file, or replace it there."""

@@ -24,6 +24,8 @@ LAYERS = (
     ("backend", "operators", "stream", "export"),
     ("obs", "curvature"),
     ("allocate", "baselines"),
+    ("problems",),
+    ("probe",),
     ("plan",),
     ("refitting",),
     ("reconstruction",),

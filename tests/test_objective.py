@@ -21,7 +21,8 @@ from kfac_prune.errors import InputError
 from kfac_prune.models import Layer, load_config, prunable_layers
 from kfac_prune.objective import Classes, Embedding, Tokens, find_objective, neighbours_kept
 from kfac_prune.pipeline import measure, run
-from kfac_prune.plan import PlannedLayer, Probe
+from kfac_prune.probe import Probe
+from kfac_prune.problems import PlannedLayer
 from kfac_prune.quality import evaluate
 
 WORDS = [f"w{i}" for i in range(40)]
@@ -297,7 +298,7 @@ def test_a_probe_of_sentences_of_many_lengths():
     assert layer.name.startswith("encoder.layer.1.")
     pruned = layer.weight * (torch.arange(layer.weight.shape[1]) % 2)
     planned = PlannedLayer(layer.name, pruned, layer.bias, pruned != 0, predicted=1.0, kkt=None, damping=())
-    found = Probe(model, windows, 2, Embedding())(layer, planned)
+    found = Probe(model, windows, 2, Embedding())([layer], [planned])
     dense = tiny(layers=2)
     layer.assign(pruned, layer.bias)
     assert found == pytest.approx(evaluate(model, windows, objective=Embedding(), dense=dense).kl, rel=1e-3)

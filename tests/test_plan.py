@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from kfac_prune import plan as planning
+from kfac_prune import probe as probing
 from kfac_prune.curvature.estimate import estimate_factors
 from kfac_prune.errors import InputError
 from kfac_prune.models import prunable_layers
 from kfac_prune.obs import NM
 from kfac_prune.operators import Damping, quadratic_loss
-from kfac_prune.plan import Probe, loss_curves, make_plan, prune
+from kfac_prune.plan import loss_curves, make_plan, prune
+from kfac_prune.probe import Probe
 from kfac_prune.quality import evaluate
 
 
@@ -62,7 +64,7 @@ def test_the_probe_measures_one_layer_and_leaves_the_model_dense(problem):
     plan = make_plan(layers, factors, sparsity=0.5, allocation="uniform")
     layer, planned = layers[3], plan.layers[3]
     before = layer.weight.clone()
-    measured = Probe(model, windows)(layer, planned)
+    measured = Probe(model, windows)([layer], [planned])
     assert torch.equal(layer.weight, before)
     dense = prune([layer], planning.Plan((planned,), "kfac", "uniform"))
     assert measured == pytest.approx(evaluate(model, windows, dense=dense.swapped_in, batch_size=4).kl, rel=1e-4)
@@ -78,8 +80,8 @@ def test_a_layer_that_is_worse_than_predicted_is_spared(problem):
         def __init__(self):
             pass
 
-        def __call__(self, layer, planned):
-            return planned.predicted * (10 if layer.name == victim else 1)
+        def factors(self, layers, planned, *, together=False, quiet=True):
+            return {layer.name: 10 if layer.name == victim else 1 for layer in layers}
 
     plain = make_plan(layers, factors, sparsity=0.6)
     warned = make_plan(layers, factors, sparsity=0.6, probe=Biased())
@@ -93,20 +95,28 @@ def test_with_a_probe_the_prediction_is_what_it_measures(problem):
     probe = Probe(model, windows)
     plan = make_plan(layers, factors, pattern=NM(2, 4), probe=probe)
     trusting = make_plan(layers, factors, pattern=NM(2, 4))
-    for layer, planned, plain in zip(layers, plan.layers, trusting.layers, strict=True):
+    for planned, plain in zip(plan.layers, trusting.layers, strict=True):
         assert torch.equal(planned.weight, plain.weight)
-        assert planned.predicted == pytest.approx(max(probe(layer, planned), planning.MIN_FACTOR * plain.predicted))
+    for block in {layer.name.split(".")[2] for layer in layers}:  # model.layers.N.: nothing is decided, one is enough
+        inside = [i for i, layer in enumerate(layers) if layer.name.split(".")[2] == block]
+        found, expected = (sum(p.layers[i].predicted for i in inside) for p in (plan, trusting))
+        measured = probe([layers[i] for i in inside], [plan.layers[i] for i in inside])
+        assert found == pytest.approx(max(measured, probing.MIN_FACTOR * expected))
+    factors_found = probe.factors(layers, trusting.layers)
+    for layer, plain in zip(layers, trusting.layers, strict=True):
+        alone = max(probe([layer], [plain]), probing.MIN_FACTOR * plain.predicted)
+        assert factors_found[layer.name] * plain.predicted == pytest.approx(alone)
 
 
 def test_probe_takes_a_few_windows(problem, make_windows, monkeypatch):
     model, _, layers, _ = problem
     many = make_windows(count=40, length=8)
-    taken = planning.PROBE_PASSES * 40 // len(layers)
+    taken = probing.PROBE_PASSES * 40 // len(layers)
     assert 4 < taken < 40
     assert torch.equal(Probe.on(model, many).windows.input_ids, many.input_ids[-taken:])
-    monkeypatch.setattr(planning, "PROBE_TOKENS", 48)
+    monkeypatch.setattr(probing, "PROBE_TOKENS", 48)
     assert len(Probe.on(model, many).windows) == 6
-    monkeypatch.setattr(planning, "PROBE_PASSES", 1)
+    monkeypatch.setattr(probing, "PROBE_PASSES", 1)
     assert len(Probe.on(model, many).windows) == 4
     few = make_windows(count=3, length=8)
     assert Probe.on(model, few).windows is few
@@ -156,13 +166,13 @@ def test_methods_of_the_field_are_planned_like_the_others(problem, method, patte
 
 
 class Doubling(Probe):
+    """Finds every other layer twice as sensitive as predicted."""
+
     def __init__(self):
         pass
 
-    """Finds every other layer twice as sensitive as predicted."""
-
-    def __call__(self, layer, planned):
-        return planned.predicted * (2 if "mlp" in layer.name else 1)
+    def factors(self, layers, planned, *, together=False, quiet=True):
+        return {layer.name: 2 if "mlp" in layer.name else 1 for layer in layers}
 
 
 @pytest.mark.parametrize("probe", [None, Doubling()], ids=["trusting", "probed"])

@@ -1,0 +1,110 @@
+"""The pruning problem of one layer under each method, and what its solution is predicted to cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kfac_prune.baselines import sparsegpt, wanda
+from kfac_prune.curvature.estimate import Factors, Method
+from kfac_prune.models import Layer
+from kfac_prune.obs import NM, Pattern, solve
+from kfac_prune.operators import Curvature, Damping, DampingRecord, quadratic_loss
+
+#: How a layer can be pruned: by one of the curvatures, or by a method of the field.
+PruningMethod = Method | Literal["sparsegpt", "wanda"]
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One layer of a plan.
+
+    Attributes:
+        name: of the layer.
+        weight: [out, in], pruned and compensated, in the model's dtype.
+        bias: [out] or None.
+        mask: [out, in] bool, True = kept.
+        predicted: nats per token that the change costs: under the damped G ⊗ A whatever the method, times what a probe
+            found between measured and predicted.
+        kkt: relative KKT residual of the method's own problem (0 = optimal compensation); None where none was
+            solved.
+        damping: what was added to the factors.
+        groups_fit: False where an n:m pattern does not divide the width: the last group is shorter than m, and
+            hardware that needs whole groups cannot use the layer.
+    """
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+    mask: Tensor
+    predicted: float
+    kkt: float | None
+    damping: tuple[DampingRecord, ...]
+    groups_fit: bool = True
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of weights removed."""
+        return 1 - int(self.mask.sum()) / self.mask.numel()
+
+
+@dataclass(frozen=True)
+class Problems:
+    """The pruning problem of each layer under one method.
+
+    Attributes:
+        factors: of all layers.
+        method: by which layers are pruned.
+        damping: of the factors.
+    """
+
+    factors: Factors
+    method: PruningMethod
+    damping: Damping
+
+    def __call__(self, layer: Layer) -> tuple[Tensor, Curvature, list[DampingRecord]]:
+        """W [out, in] in float32, its curvature, and what damping that took; for methods with a curvature."""
+        assert self.method != "sparsegpt"
+        assert self.method != "wanda"
+        operator, records = self.factors.layers[layer.name].operator(self.method, self.damping, where=layer.name)
+        return layer.weight.to(torch.float32), operator, records
+
+    def solve(self, layer: Layer, pattern: Pattern) -> PlannedLayer:
+        """Prune one layer by the method, round to the model's dtype, and predict what that costs."""
+        statistics = self.factors.layers[layer.name]
+        weight, bias = layer.weight.to(torch.float32), layer.bias
+        fisher: Curvature | None = None
+        kkt: float | None = None
+        records: list[DampingRecord] = []
+        if self.method == "wanda":
+            mask = wanda(weight, statistics.a, pattern)
+            x = weight * mask
+        elif self.method == "sparsegpt":
+            x, mask, record = sparsegpt(weight, statistics.a, pattern, where=layer.name)
+            records = [record]
+        else:
+            weight, operator, records = self(layer)
+            solution = solve(weight, operator, pattern)
+            x, mask, kkt = solution.weight, solution.mask, solution.kkt
+            fisher = operator if self.method == "kfac" else None
+        if fisher is None:  # the unit of every prediction, whatever the method pruned by
+            fisher, _ = statistics.operator("kfac", self.damping, where=layer.name)
+        rounded = x.to(layer.weight.dtype)
+        change = rounded.to(weight.dtype) - weight
+        shift = torch.zeros_like(weight[:, 0])
+        if bias is not None and self.method in ("kfac", "layerwise"):
+            shift = statistics.bias_update(change)
+            bias = (bias.to(weight.dtype) + shift).to(bias.dtype)
+        return PlannedLayer(
+            name=layer.name,
+            weight=rounded,
+            bias=bias,
+            mask=mask,
+            predicted=quadratic_loss(fisher, change) + statistics.bias_loss(change, shift),
+            kkt=kkt,
+            damping=tuple(records),
+            groups_fit=not isinstance(pattern, NM) or layer.shape[1] % pattern.m == 0,
+        )
