@@ -315,7 +315,7 @@ class _Problem:
     def _trained(self, rate: float, before: float, settings: Reconstruction) -> tuple[float, list[Tensor]]:
         """The lowest held-out objective of one training, and the weights that gave it; given up where it diverges."""
         masters = [p.data.float().clone() for p in self.parameters]
-        optimizer = torch.optim.Adam(masters, lr=rate, betas=(0.9, 0.95))
+        optimizer = torch.optim.Adam(masters, lr=rate, betas=(0.9, 0.95), fused=True)
         generator = torch.Generator().manual_seed(settings.seed)
         steps = settings.epochs * len(self._train)
         step, best, kept = 0, math.inf, [p.data for p in self.parameters]
