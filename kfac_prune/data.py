@@ -51,13 +51,6 @@ class WindowBatch:
     input_ids: Tensor  # [B, T] int64
     attention_mask: Tensor | None  # [B, T] bool, True = a real token; None = no padding
 
-    def trimmed(self) -> "WindowBatch":
-        """Without the columns on the right that are padding in every row."""
-        if self.attention_mask is None or not self.attention_mask.any():
-            return self
-        length = int(self.attention_mask.any(0).nonzero().max()) + 1
-        return WindowBatch(self.index, self.input_ids[:, :length], self.attention_mask[:, :length])
-
 
 @dataclass(frozen=True, eq=False)
 class Windows:
@@ -86,13 +79,23 @@ class Windows:
     def _rows(self, rows: slice) -> "tuple[Tensor, Tensor | None]":
         return self.input_ids[rows], None if self.attention_mask is None else self.attention_mask[rows]
 
+    def _trimmed(self, rows: slice) -> "tuple[Tensor, Tensor | None]":
+        ids, mask = self._rows(rows)
+        if mask is None or not mask.any():
+            return ids, mask
+        length = int(mask.any(0).nonzero().max()) + 1
+        return ids[:, :length], mask[:, :length]
+
     def batches(self, batch_size: int) -> Iterator[WindowBatch]:
-        """The windows in order, `batch_size` at a time; the last batch may be smaller."""
+        """The windows in order, `batch_size` at a time, without the columns on the right that pad all of a batch.
+
+        The last batch may be smaller.
+        """
         if batch_size < 1:
             raise InputError(f"batch size is {batch_size}: it must be at least 1")
         index = torch.arange(len(self))
         cuts = (slice(start, start + batch_size) for start in range(0, len(self), batch_size))
-        return (WindowBatch(index[rows], *self._rows(rows)) for rows in cuts)
+        return (WindowBatch(index[rows], *self._trimmed(rows)) for rows in cuts)
 
     def split(self, count: int) -> "tuple[Windows, Windows]":
         """The first N - count windows and the last `count`."""

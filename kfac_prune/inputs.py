@@ -149,6 +149,6 @@ def reached_layers(
 
 def has_writers(model: PreTrainedModel, calibration: Windows) -> bool:
     """Any layer of the first block adds its output to the residual stream, as the refit needs."""
-    first = next(calibration.batches(1)).trimmed()
+    first = next(calibration.batches(1))
     stack = BlockStack(model, Windows(first.input_ids, first.attention_mask), 1)
     return not stack.blocks or bool(find_writers(stack, 0, stack.entries[0], stack.inside(0)))

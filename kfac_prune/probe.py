@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from kfac_prune.data import WindowBatch, Windows
+from kfac_prune.data import Windows
 from kfac_prune.models import Layer, WeightSwap, prunable_layers
 from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.problems import PlannedLayer
@@ -47,8 +47,7 @@ class Probe:
     ) -> None:
         self.model, self.windows, self.objective = model, windows, objective
         self._stack = stack = BlockStack(model, windows, batch_size)
-        trimmed = map(WindowBatch.trimmed, windows.batches(batch_size))  # as ``evaluate`` does with sequences
-        self._batches = [Windows(batch.input_ids, batch.attention_mask) for batch in trimmed]
+        self._batches = [Windows(batch.input_ids, batch.attention_mask) for batch in windows.batches(batch_size)]
         self._streams = [stack.entries]  # [block][batch]
         with torch.no_grad():
             for block in range(len(stack.names) - 1):
@@ -121,8 +120,7 @@ class Probe:
         if block < 0:
             yield
             return
-        length = self._batches[batch].input_ids.shape[1]
-        with begun_at(self._stack, block, repeat(self._streams[block][batch][:, :length])):
+        with begun_at(self._stack, block, repeat(self._streams[block][batch])):
             yield
 
     @contextmanager

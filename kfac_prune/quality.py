@@ -95,7 +95,6 @@ def evaluate(
 
 def _compared(model: PreTrainedModel, batch: WindowBatch, objective: Objective) -> Tensor:
     """The output's rows that count [units, ...] float32."""
-    batch = batch.trimmed() if objective.unit == "sequence" else batch
     mask = None if batch.attention_mask is None else batch.attention_mask.to(model.device)
     return objective.compared(objective.output(model, batch.input_ids.to(model.device), mask), mask)
 

@@ -10,16 +10,16 @@ level "ffn 20%" makes the model smaller by a fifth of its block weights, all of 
 """
 
 import argparse
+import copy
 import re
-import time
-from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_quality import METHODS, NAMES, ROOT, cell_name, circumstances, put_row, read_rows, replace_between
+from benchmark_quality import METHODS, NAMES, ROOT, Timed, cell_name, circumstances, put_row, read_rows, replace_between
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -31,6 +31,7 @@ from kfac_prune.data import Document, choose_texts, sequence_windows
 from kfac_prune.models import load_config, load_model, load_tokenizer, prunable_layers
 from kfac_prune.objective import find_objective
 from kfac_prune.obs import NM
+from kfac_prune.permute import permute_model
 from kfac_prune.plan import loss_curves, make_plan, prune
 from kfac_prune.probe import Probe
 from kfac_prune.reconstruction import Reconstruction, reconstruct_sparse
@@ -82,7 +83,7 @@ def sentences(*files: Path) -> list[Document]:
     return [Document(text, True) for text in found if 5 <= len(text.split()) - 1 <= 60]
 
 
-class Benchmark:
+class Benchmark(Timed):
     """The model with all that its cells share, computed when first needed.
 
     Args:
@@ -90,6 +91,7 @@ class Benchmark:
     """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
+        super().__init__()
         self.arguments = arguments
         self.name = Path(arguments.model).name
         self.objective = find_objective("embedding", arguments.model, load_config(arguments.model))
@@ -104,19 +106,11 @@ class Benchmark:
         self.test = sequence_windows(tokenizer, sorted(test, key=len), SEQLEN)  # alike in length: little padding
         self.layers = participants(self.model, prunable_layers(self.model), self.calibration, self.objective)
         self.dense = self.vectors(self.model)
-        self.seconds: dict[str, float] = {}
-
-    def timed(self, name: str, make: Callable[[], Any]) -> Any:
-        """The result of ``make``, whose seconds go into every row."""
-        start = time.perf_counter()
-        result = make()
-        self.seconds[name] = time.perf_counter() - start
-        return result
 
     @torch.inference_mode()
     def vectors(self, model: PreTrainedModel) -> Tensor:
         """Of the test sentences, [N, d]."""
-        batches = (batch.trimmed() for batch in self.test.batches(BATCH))
+        batches = self.test.batches(BATCH)
         return torch.cat([self.objective.output(model, batch.input_ids, batch.attention_mask) for batch in batches])
 
     @cached_property
@@ -140,33 +134,42 @@ class Benchmark:
         if level == STRUCTURED:
             wanted = [r for r in wanted if method != "wanda" and (r == "none" or method == "kfac")]
         if wanted:
+            self.begin_cell()
             (self.shrink if level == STRUCTURED else self.mask)(method, level, wanted)
 
     def mask(self, method: str, level: str, wanted: list[str]) -> None:
         """Zeros, in place."""
         groups = None if level.endswith("%") else parse_pattern(level)
+        pattern = NM(*groups) if groups else None
         curves = self.curves if METHODS[method] == "curves" and groups is None else None
         factors = self.factors
+        model = copy.deepcopy(self.model)
+        names = {layer.name for layer in self.layers}
+        layers = [layer for layer in prunable_layers(model) if layer.name in names]
+        if pattern is not None and method == "kfac":  # the command line's default
+            factors = replace(factors, layers=dict(factors.layers), streams=dict(factors.streams))
+            self.timed("permute", lambda: permute_model(
+                model, layers, factors, pattern, self.calibration, objective=self.objective
+            ))  # fmt: skip
         plan = self.timed("plan", lambda: make_plan(
-            self.layers,
+            layers,
             factors,
             sparsity=None if groups else float(level[:-1]) / 100,
-            pattern=NM(*groups) if groups else None,
+            pattern=pattern,
             method=method,  # type: ignore[arg-type]
             allocation=METHODS[method],
             curves=curves,
-            probe=Probe.on(self.model, self.calibration, BATCH, self.objective) if method == "kfac" else None,
+            probe=Probe.on(model, self.calibration, BATCH, self.objective) if method == "kfac" else None,
         ))  # fmt: skip
-        swap = prune(self.layers, plan)
+        swap = prune(layers, plan)
         figures = {"allocation": plan.allocation, "sparsity": plan.sparsity, "kl_predicted": plan.predicted}
         for repair in wanted:
             self.seconds.pop("repair", None)
             if repair == "reconstruction":
                 self.timed("repair", lambda: reconstruct_sparse(
-                    self.model, plan, factors, self.calibration, swap.swapped_in, Reconstruction(RECONSTRUCT)
+                    model, plan, factors, self.calibration, swap.swapped_in, Reconstruction(RECONSTRUCT)
                 ))  # fmt: skip
-            self.write(cell_name(method, repair), level, self.model, figures)
-        swap.restore()
+            self.write(cell_name(method, repair), level, model, figures)
 
     def shrink(self, method: str, level: str, wanted: list[str]) -> None:
         """A smaller model; no refit, since these blocks normalise what they add to the residual stream."""

@@ -133,7 +133,25 @@ def windows(tokenizer: Any, subject: Subject, reference: Path, length: int) -> t
     return calibration, consecutive_windows(held_out, subject.test_windows, length)
 
 
-class Benchmark:
+class Timed:
+    """Remembers how long things take: those that all cells share, and those of the present one."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def timed(self, name: str, make: Callable[[], Any]) -> Any:
+        """The result of ``make``, whose seconds go into every row."""
+        start = time.perf_counter()
+        result = make()
+        self.seconds[name] = time.perf_counter() - start
+        return result
+
+    def begin_cell(self) -> None:
+        """Forget what belongs to the cell before."""
+        self.seconds = {name: value for name, value in self.seconds.items() if name in ("curvature", "curves")}
+
+
+class Benchmark(Timed):
     """One model with all that its cells share, computed when first needed.
 
     Args:
@@ -142,6 +160,7 @@ class Benchmark:
     """
 
     def __init__(self, name: str, arguments: argparse.Namespace) -> None:
+        super().__init__()
         self.name, self.arguments, subject = name, arguments, MODELS[name]
         if subject.larger and arguments.larger is None:
             raise SystemExit(f"{name} is not among the reference models: name the folder that holds it with --larger")
@@ -151,14 +170,6 @@ class Benchmark:
         self.calibration, self.test = windows(tokenizer, subject, arguments.reference, length)
         self.layers = prunable_layers(self.model)
         self.batch = 4 if subject.larger else 16
-        self.seconds: dict[str, float] = {}
-
-    def timed(self, name: str, make: Callable[[], Any]) -> Any:
-        """The result of ``make``, whose seconds go into every row."""
-        start = time.perf_counter()
-        result = make()
-        self.seconds[name] = time.perf_counter() - start
-        return result
 
     @cached_property
     def factors(self) -> Factors:
@@ -207,7 +218,7 @@ class Benchmark:
         factors = self.factors
         model = copy.deepcopy(self.model)
         layers = prunable_layers(model)
-        self.seconds = {name: value for name, value in self.seconds.items() if name in ("curvature", "curves")}
+        self.begin_cell()
         if pattern is not None and method == "kfac":  # the command line's default
             factors = replace(factors, layers=dict(factors.layers), streams=dict(factors.streams))
             self.timed("permute", lambda: permute_model(

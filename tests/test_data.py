@@ -402,8 +402,16 @@ def test_batches_partition_the_windows(masked, size, with_mask):
     assert [len(b.index) for b in batches] == [min(size, 5 - i) for i in range(0, 5, size)]
     assert torch.cat([b.index for b in batches]).tolist() == list(range(5))
     for b in batches:
-        assert torch.equal(b.input_ids, windows.input_ids[b.index])
-        assert torch.equal(b.attention_mask, masked.attention_mask[b.index]) if with_mask else b.attention_mask is None
+        width = b.input_ids.shape[1]
+        assert torch.equal(b.input_ids, windows.input_ids[b.index, :width])
+        if not with_mask:
+            assert b.attention_mask is None
+            assert width == windows.input_ids.shape[1]
+            continue
+        mask = masked.attention_mask[b.index]
+        assert torch.equal(b.attention_mask, mask[:, :width])
+        assert not mask[:, width:].any()
+        assert mask[:, width - 1].any() or not mask.any()  # no column more than is needed
 
 
 def test_split_sets_the_last_windows_apart(masked):

@@ -15,6 +15,7 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 
 import kfac_prune
 from kfac_prune.config import Recipe
+from kfac_prune.curvature import estimate
 from kfac_prune.curvature.estimate import estimate_factors, participants
 from kfac_prune.data import Document, Windows, choose_texts, sequence_windows
 from kfac_prune.errors import InputError
@@ -232,6 +233,23 @@ def test_factors_do_not_depend_on_batches_or_padding(kind):
             torch.testing.assert_close(found.a, layer.a, rtol=1e-4, atol=1e-5 * float(layer.a.abs().max()))
 
 
+@pytest.mark.parametrize("kind", ["embedding", "classes"])
+def test_several_cotangents_a_sequence_are_averaged(kind, monkeypatch):
+    model, windows = tiny(kind), padded(5)
+
+    def factors(samples, seed):
+        monkeypatch.setattr(estimate, "SEQUENCE_DRAWS", samples)
+        objective = OBJECTIVES[kind]
+        return estimate_factors(model, prunable_layers(model)[:4], windows, objective=objective, seed=seed)
+
+    together, single = factors(3, 1), [factors(1, seed) for seed in (3, 4, 5)]
+    for name, layer in together.layers.items():
+        assert torch.equal(layer.a, single[0].layers[name].a)
+        assert layer.tokens == windows.tokens
+        mean = torch.stack([one.layers[name].g for one in single]).mean(0)
+        torch.testing.assert_close(layer.g, mean, rtol=1e-5, atol=1e-6 * float(mean.abs().max()))
+
+
 def test_only_layers_that_the_objective_needs_take_part():
     windows = padded(3)
     model = tiny()
@@ -293,7 +311,7 @@ def test_divergence_is_that_of_single_sequences(kind):
 def test_a_probe_of_sentences_of_many_lengths():
     """It starts at a layer's block from the stream of the dense model, whatever each batch is padded to."""
     model, windows = tiny(layers=2), padded(9)
-    assert len({int(b.trimmed().input_ids.shape[1]) for b in windows.batches(2)}) > 1
+    assert len({int(b.input_ids.shape[1]) for b in windows.batches(2)}) > 1
     layer = prunable_layers(model)[-2]
     assert layer.name.startswith("encoder.layer.1.")
     pruned = layer.weight * (torch.arange(layer.weight.shape[1]) % 2)

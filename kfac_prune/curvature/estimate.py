@@ -20,6 +20,8 @@ from kfac_prune.models import Layer, find_blocks
 from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.operators import Curvature, Damping, DampingRecord, Diagonal, Kronecker, ScaledIdentity
 
+#: Cotangents per window where the model has one output per sequence; where it has one per token, every token has one.
+SEQUENCE_DRAWS = 4
 #: The hierarchy: H = I, H diagonal, H = I ⊗ A, H = G ⊗ A.
 Method = Literal["magnitude", "obd", "layerwise", "kfac"]
 
@@ -124,7 +126,7 @@ def estimate_factors(
     batch_size: int = 4,
     quiet: bool = True,
 ) -> Factors:
-    """Estimate A and G of every layer with one forward and one backward pass over the windows.
+    """Estimate A and G of every layer with one forward and one backward pass over the windows (per sampled label).
 
     The Fisher is the true one by default: labels are sampled (with replacement) from the model's own predictions at
     every position, so that it is the Hessian of KL(dense‖pruned) at the dense model (Martens & Grosse 2015; Kunstner
@@ -148,20 +150,22 @@ def estimate_factors(
     """
     if windows.tokens == 0:
         raise InputError("the calibration windows hold no token: every position is masked")
-    draws = objective.draws(model, windows, seed)
-    sequences = len(windows) if objective.unit == "sequence" else None
+    samples = SEQUENCE_DRAWS if objective.unit == "sequence" else 1
+    draws = [objective.draws(model, windows, seed * samples + i) for i in range(samples)]
+    sequences = len(windows) * samples if objective.unit == "sequence" else None
     names, blocks = find_blocks(model, layers)
     capture = FactorCapture(layers, dict(zip(names, blocks, strict=True)), per_sequence=sequences is not None)
     device = model.device
     with _frozen(model), capture.hooked(), tqdm(total=len(windows), desc="curvature", unit="seq", disable=quiet) as bar:
         for batch in windows.batches(batch_size):
-            batch = batch.trimmed() if sequences else batch
             ids = batch.input_ids.to(device)
             mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
             capture.token_mask = mask
             with torch.enable_grad():
                 output = objective.output(model, ids, mask)
-            output.backward(objective.cotangent(output, draws[batch.index], ids, mask, fisher))
+            for i, draw in enumerate(draws):
+                cotangent = objective.cotangent(output, draw[batch.index], ids, mask, fisher)
+                output.backward(cotangent, retain_graph=i < len(draws) - 1)
             bar.update(len(ids))
     gradients = {name: moments for name, moments in capture.gradients.items() if name in capture.blocks}
     return Factors(
@@ -176,7 +180,7 @@ def participants(
     model: PreTrainedModel, layers: Sequence[Layer], windows: Windows, objective: Objective
 ) -> list[Layer]:
     """The layers that the objective depends on, told by one window: a gradient comes back to their outputs."""
-    first = next(windows.batches(1)).trimmed()
+    first = next(windows.batches(1))
     ids = first.input_ids.to(model.device)
     mask = None if first.attention_mask is None else first.attention_mask.to(model.device)
     reached: set[str] = set()
@@ -210,7 +214,7 @@ def _finish(layer: Layer, capture: FactorCapture, sequences: int | None) -> Laye
         a=inputs.second / inputs.tokens,
         mean=inputs.first / inputs.tokens,
         g=gradients.second / (sequences or gradients.tokens),
-        tokens=gradients.tokens,
+        tokens=inputs.tokens,
         has_bias=layer.bias is not None,
     )
 

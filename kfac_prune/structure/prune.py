@@ -321,7 +321,7 @@ class _Job:
 
 def _check_same(problem: Problem, cuts: Sequence[Cut], smaller: PreTrainedModel, windows: Windows) -> None:
     """The smaller model computes what the model with zeros does; nothing else in the architecture knew of the units."""
-    batch = next(windows.batches(1)).trimmed()
+    batch = next(windows.batches(1))
     ids, mask = batch.input_ids.to(smaller.device), batch.attention_mask
     mask = None if mask is None else mask.to(smaller.device)
     with torch.inference_mode():
