@@ -9,8 +9,10 @@ from torch import Tensor
 
 FisherType = Literal["sampled", "empirical"]
 
-#: Rows of the vocabulary distribution that are held in float64 at a time.
-CHUNK = 2048
+#: Rows of the vocabulary distribution that are sampled from at a time; few, so that a CPU's cache holds them.
+CHUNK = 128
+#: Classes whose mass is summed up before the cumulative distribution is formed, in float64, over the sums.
+SPAN = 256
 
 
 def sample_labels(logits: Tensor, uniforms: Tensor) -> Tensor:
@@ -27,11 +29,27 @@ def sample_labels(logits: Tensor, uniforms: Tensor) -> Tensor:
         [...] int64.
     """
     flat, u = logits.detach().reshape(-1, logits.shape[-1]), uniforms.reshape(-1, 1).to(logits.device)
-    labels = []
-    for rows, numbers in zip(flat.split(CHUNK), u.split(CHUNK), strict=True):
-        cumulative = rows.double().softmax(-1).cumsum(-1)
-        labels.append(torch.searchsorted(cumulative, numbers.double() * cumulative[:, -1:], right=True))
-    return torch.cat(labels).clamp_max(logits.shape[-1] - 1).reshape(uniforms.shape)
+    labels = [_invert(rows, numbers.double()) for rows, numbers in zip(flat.split(CHUNK), u.split(CHUNK), strict=True)]
+    return torch.cat(labels).reshape(uniforms.shape)
+
+
+def _invert(logits: Tensor, u: Tensor) -> Tensor:
+    """Where the cumulative distributions of some rows [n, V] exceed u [n, 1]: first the span, then the class in it."""
+    rows = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    mass = (rows - rows.amax(-1, keepdim=True)).exp_()
+    mass = torch.nn.functional.pad(mass, (0, -mass.shape[1] % SPAN)).unflatten(-1, (-1, SPAN))  # [n, spans, SPAN]
+    cumulative = mass.sum(-1).double().cumsum(-1)
+    target = u * cumulative[:, -1:]
+    span = torch.searchsorted(cumulative, target, right=True).clamp_max(cumulative.shape[1] - 1)  # NaN finds no span
+    below = torch.nn.functional.pad(cumulative, (1, 0)).gather(1, span)
+    share = (target - below) / (cumulative.gather(1, span) - below)  # of the span's mass
+    share = share.clamp_max(1 - 2.0**-53)  # below one, so that it stays below the end of the span
+    inside = mass.take_along_dim(span.unsqueeze(-1), 1).squeeze(1).double().cumsum(-1)
+    return (
+        (span * SPAN + torch.searchsorted(inside, share * inside[:, -1:], right=True))
+        .squeeze(1)
+        .clamp_max(logits.shape[-1] - 1)
+    )
 
 
 def next_token_labels(input_ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

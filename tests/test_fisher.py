@@ -70,6 +70,24 @@ def test_labels_do_not_depend_on_the_chunks(monkeypatch, chunk):
     assert torch.equal(sample_labels(logits, uniforms), whole)
 
 
+@pytest.mark.parametrize("span", [1, 2, 30, 31, 32, 500])
+def test_labels_invert_the_cumulative_distribution(monkeypatch, span):
+    """Those of a plain float64 computation, but where rounding decides."""
+    monkeypatch.setattr(fisher, "SPAN", span)
+    logits, uniforms = 3 * randn(2000, 31, dtype=torch.float64), rand(2000)
+    cumulative = logits.softmax(-1).cumsum(-1)
+    plain = torch.searchsorted(cumulative, uniforms[:, None]).squeeze(1)
+    clear = (cumulative - uniforms[:, None]).abs().amin(-1) > 1e-9
+    assert clear.sum() > 1990
+    assert torch.equal(sample_labels(logits, uniforms)[clear], plain[clear])
+
+
+def test_logits_that_are_not_finite_still_have_labels():
+    """What is wrong is reported where it is known by which layer."""
+    labels = sample_labels(torch.full((3, 700), float("nan")), rand(3))
+    assert ((labels >= 0) & (labels < 700)).all()
+
+
 EXTREMES = {
     "one-at-1e4": [0.0, 1e4, 0.0, -1.0],
     "all-at-minus-1e4-but-one": [-1e4, -1e4, 0.0, -1e4],
