@@ -23,6 +23,14 @@ def inverse_from_cholesky(matrix: Tensor) -> Tensor:
     return torch.cholesky_inverse(factor).to(matrix.dtype)
 
 
+def inverse_of_shifted(matrix: Tensor, shift: float) -> Tensor:
+    """``(M + shift·I)⁻¹`` [n, n] of a symmetric positive semidefinite matrix, in M's dtype throughout.
+
+    For shifts that keep the condition number far from the dtype's limit, as those of ADMM's penalty do.
+    """
+    return torch.cholesky_inverse(torch.linalg.cholesky(shifted(matrix, shift)))
+
+
 def inverse_upper_cholesky(matrix: Tensor) -> Tensor:
     """The upper triangular U [n, n] with ``M⁻¹ = Uᵀ U``, factorised in float64, returned in M's dtype.
 

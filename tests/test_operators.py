@@ -102,6 +102,14 @@ class CurvatureContract:
         assert_close(p, p.T)
         assert float(torch.linalg.eigvalsh(p.double())[0]) > 0
 
+    def test_preconditioned_gives_the_step_and_h_times_it(self, pair, shape, dtype):
+        operator, h = pair
+        r = normal(*shape, seed=5, dtype=dtype)
+        p, hp = operator.preconditioned(RHO)(r)
+        condition = torch.linalg.cond(h).item() / RHO  # the difference of R and its shifted parts cancels
+        assert_close(p, operator.shifted_inverse(RHO)(r), condition=condition)
+        assert_close(hp, (h @ p.double().reshape(-1)).reshape(shape), condition=condition)
+
     def test_shifted_inverse_is_never_more_than_the_inverse(self, pair, shape, dtype):
         operator, h = pair
         p = dense_matrix(operator.shifted_inverse(RHO), shape, dtype).double()

@@ -45,8 +45,8 @@ def solve(weight: Tensor, curvature: Curvature, pattern: Pattern, schedule: Admm
         weight: W [out, in], in the curvature's dtype.
         curvature: H, positive definite.
         pattern: feasible masks.
-        schedule: of the search for the mask.
+        schedule: how thoroughly to search for mask and weights.
     """
     selection = select(weight, curvature, pattern, schedule)
-    best = compensate(weight, curvature, selection.mask, selection.start)
+    best = compensate(weight, curvature, selection.mask, selection.start, tolerance=schedule.tolerance)
     return Solution(best.weight, selection.mask, best.loss, best.kkt, selection.iterations, best.iterations)

@@ -48,6 +48,16 @@ class Curvature(ABC):
     def shifted_inverse(self, rho: float) -> Callable[[Tensor], Tensor]:
         """Factor once and return ``R ↦ P`` with P ≈ (H + rho·I)⁻¹ R, itself symmetric positive definite."""
 
+    def preconditioned(self, rho: float) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """Factor once and return ``R ↦ (P, H P)``, P as from ``shifted_inverse``."""
+        inverse = self.shifted_inverse(rho)
+
+        def both(r: Tensor) -> tuple[Tensor, Tensor]:
+            p = inverse(r)
+            return p, self.apply(p)
+
+        return both
+
     @abstractmethod
     def to_dense(self) -> Tensor:
         """H as a matrix [out*in, out*in]: the oracle of the tests, never used by library code."""
