@@ -19,8 +19,7 @@ from kfac_prune.inputs import (
     check_tokens,
     evaluation_windows,
     has_writers,
-    load_data,
-    reached_layers,
+    load_inputs,
     resolve_device,
     vocabulary_size,
 )
@@ -142,24 +141,14 @@ def _load(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
         raise InputError(f"the text holds no labels for the objective {objective.name}; fisher can only be sampled")
     stages = Stages(echo)
     with stages("load"):
-        tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
-        calibration, held_out = load_data(recipe, tokenizer, objective)
-        model = load_model(
-            recipe.model,
-            dtype=None if recipe.dtype == "auto" else recipe.dtype,
-            device=recipe.device,
-            trust_remote_code=recipe.trust_remote_code,
-        )
-        check_tokens(model, calibration, held_out)
-        layers = prunable_layers(model, recipe.include, recipe.ignore)
-        if objective.unit == "sequence":
-            layers = reached_layers(model, layers, calibration, objective, echo)
+        loaded = load_inputs(recipe, objective, echo)
+        model, layers, calibration = loaded.model, loaded.layers, loaded.calibration
         check_output(recipe.out, overwrite=recipe.overwrite, need_bytes=int(1.1 * model.get_memory_footprint()))
     echo(coverage(model, layers))
     if recipe.refit and not has_writers(model, calibration):
         echo(f"no refit: the blocks of {type(model).__name__} normalise what they add to the residual stream")
         recipe = replace(recipe, refit=False)
-    return Job(recipe, stages, echo, quiet, model, tokenizer, objective, layers, calibration, held_out)
+    return Job(recipe, stages, echo, quiet, model, loaded.tokenizer, objective, layers, calibration, loaded.held_out)
 
 
 def _mask(job: Job) -> Outcome:
