@@ -79,15 +79,18 @@ class Bench:
     def factors(self) -> Factors:
         """Curvature of all layers."""
         with timed(self.seconds, "curvature"):
-            return estimate_factors(
-                self.model,
-                self.layers,
-                self.calibration,
-                fisher=self.fisher,
-                seed=self.seed,
-                batch_size=self.batch_size,
-                quiet=self.quiet,
-            )
+            return self._estimate(self.model, self.layers)
+
+    def _estimate(self, model: PreTrainedModel, layers: Sequence[Layer]) -> Factors:
+        return estimate_factors(
+            model,
+            layers,
+            self.calibration,
+            fisher=self.fisher,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            quiet=self.quiet,
+        )
 
     @cached_property
     def curves(self) -> dict[str, LossCurve]:
@@ -166,6 +169,7 @@ class Bench:
                 damping=self.damping,
                 curves=curves,
                 probe=self.probe(model) if method == "kfac" else None,
+                estimate=lambda: self._estimate(model, layers),
                 quiet=self.quiet,
             )
         shared = {name: self.seconds[name] for name in SHARED_STAGES if name in self.seconds}

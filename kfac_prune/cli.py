@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from kfac_prune.config import METHODS, Recipe, read_recipe
+from kfac_prune.config import Recipe, read_recipe
 from kfac_prune.errors import InputError
-from kfac_prune.protocol import LEVELS, Comparison
+from kfac_prune.protocol import COMPARED, LEVELS, Comparison
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,9 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("model", help=_field("model").metadata["help"])
     compare.add_argument(
-        "--methods", nargs="+", default=METHODS, metavar="METHOD",
-        help="each a value of prune's --method, alone or with an allocation, such as magnitude:global; default: all of "
-        f"{', '.join(METHODS)}",
+        "--methods", nargs="+", default=COMPARED, metavar="METHOD",
+        help="each a value of prune's --method, alone or with an allocation, such as magnitude:global; default: "
+        f"{' '.join(COMPARED)}",
     )  # fmt: skip
     compare.add_argument(
         "--levels", nargs="+", default=LEVELS, metavar="LEVEL",

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -156,9 +157,12 @@ def _mask(job: Job) -> Outcome:
     recipe, model, layers, stages = job.recipe, job.model, job.layers, job.stages
     options: Any = {"batch_size": recipe.batch_size, "quiet": job.quiet}
     measured: Any = {"objective": job.objective, **options}
+    fisher: Any = recipe.fisher  # the recipe has checked it
+    estimate = partial(
+        estimate_factors, model, layers, job.calibration, fisher=fisher, seed=recipe.seed, **measured
+    )  # fmt: skip
     with stages("curvature"):
-        fisher: Any = recipe.fisher  # the recipe has checked it
-        factors = estimate_factors(model, layers, job.calibration, fisher=fisher, seed=recipe.seed, **measured)
+        factors = estimate()
     groups = parse_pattern(recipe.pattern)
     assert recipe.sparsity is not None
     assert recipe.allocation is not None
@@ -190,6 +194,7 @@ def _mask(job: Job) -> Outcome:
             allocation=recipe.allocation,
             damping=damping,
             probe=Probe.on(model, job.calibration, recipe.batch_size, job.objective),
+            estimate=estimate,
             quiet=job.quiet,
         )
         job.echo(plan.table(job.objective.unit))

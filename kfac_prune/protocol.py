@@ -9,6 +9,8 @@ from typing import Any
 from kfac_prune.config import ALLOCATIONS, METHODS, Recipe, parse_pattern
 from kfac_prune.errors import InputError
 
+#: Compared where nothing else is asked for: all by their own allocation, and the other ones that are known.
+COMPARED = (*METHODS, "magnitude:global", "obd:global", "wanda:owl", "sparsegpt:owl")
 LEVELS = ("50%", "60%", "70%", "80%", "2:4")
 #: What follows the one-shot solution.
 REPAIRS = ("none", "reconstruction")
@@ -86,7 +88,7 @@ class Comparison:
     """
 
     recipe: Recipe
-    methods: Sequence[str] = METHODS
+    methods: Sequence[str] = COMPARED
     levels: Sequence[str] = LEVELS
     seeds: int = 1
     _levels: tuple[Level, ...] = field(init=False, repr=False)
