@@ -69,6 +69,13 @@ def draw(panels: Sequence[Panel], path: Path, *, title: str, marks: str = "") ->
         from matplotlib.ticker import LogFormatter
     except ImportError:
         return False
+
+    class Plain(LogFormatter):
+        """Labels the ticks that matplotlib would, as 0.6 instead of 6e-01."""
+
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
     figure = Figure(figsize=(1.5 + 5.5 * len(panels), 4.5), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for curve in panel.curves:
@@ -92,7 +99,7 @@ def draw(panels: Sequence[Panel], path: Path, *, title: str, marks: str = "") ->
         if panel.log:
             axes.set_yscale("log")
             for side in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                side(LogFormatter(labelOnlyBase=False))  # 0.6, not 6 x 10^-1
+                side(Plain(labelOnlyBase=False))
         axes.grid(alpha=0.3, which="both" if panel.log else "major")
     found = {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     labels = [label for label in dict.fromkeys([c.label for c in panels[0].curves] + list(found)) if label in found]
