@@ -1,4 +1,4 @@
-"""The command line: ``kfac-prune prune | eval | inspect | demo``. torch and transformers load only when needed."""
+"""The command line: ``kfac-prune prune | compare | eval | inspect | demo``. torch loads only when it is needed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from kfac_prune.config import Recipe, read_recipe
 from kfac_prune.errors import InputError
+from kfac_prune.protocol import COMPARED, LEVELS, Comparison
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,10 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"kfac-prune: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "kfac-prune: interrupted; nothing was written to --out",
-            file=sys.stderr,
-        )
+        print(f"kfac-prune: interrupted; {arguments.interrupted}", file=sys.stderr)
         return 130
     return 0
 
@@ -40,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="kfac-prune",
         description="One-shot pruning of transformers by the Optimal Brain Surgeon under a Kronecker-factored Hessian.",
     )
+    parser.set_defaults(interrupted="nothing was written to --out")
     parser.add_argument("--version", action="version", version=f"kfac-prune {version('kfac-prune')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -50,6 +49,39 @@ def build_parser() -> argparse.ArgumentParser:
         if field.name != "model":
             _add_option(prune, field)
     prune.set_defaults(run=_prune)
+
+    compare = commands.add_parser(
+        "compare",
+        help="measure many methods at many levels under one protocol: a table and trade-off curves",
+        description="Prune a model by every method at every level and measure all on the same held-out text: loss, "
+        "perplexity, KL, predicted KL, compression, theoretical speed-up, seconds and memory. Nothing is saved but the "
+        "figures; finished cells are kept in --out, and the same command goes on where it was interrupted.",
+    )
+    compare.add_argument("model", help=_field("model").metadata["help"])
+    compare.add_argument(
+        "--methods", nargs="+", default=COMPARED, metavar="METHOD",
+        help="each a value of prune's --method, alone or with an allocation, such as magnitude:global; default: "
+        f"{' '.join(COMPARED)}",
+    )  # fmt: skip
+    compare.add_argument(
+        "--levels", nargs="+", default=LEVELS, metavar="LEVEL",
+        help=f"sparsities and n:m patterns; default: {' '.join(LEVELS)}".replace("%", "%%"),
+    )  # fmt: skip
+    compare.add_argument(
+        "--seeds", type=int, default=1, metavar="N",
+        help="how many, from --seed on, for a spread: each has calibration windows of its own; default: 1",
+    )  # fmt: skip
+    compare.add_argument(
+        "--reconstruct", type=int, default=0, metavar="N",
+        help="measure every cell also after this many epochs of prune's --reconstruct; default: 0, one shot only",
+    )  # fmt: skip
+    for name in ("data", "out"):
+        _add_option(compare, _field(name), required=True)
+    for name in ("eval_data", "separator", "text_field", "samples", "eval_samples", "seqlen", "batch_size",
+                 "reconstruct_unit", "include", "ignore", "damping", "fisher", "seed", "device", "dtype", "overwrite",
+                 "trust_remote_code"):  # fmt: skip
+        _add_option(compare, _field(name))
+    compare.set_defaults(run=_compare, interrupted="finished cells are in --out, and the same command goes on")
 
     evaluate = commands.add_parser(
         "eval",
@@ -146,6 +178,14 @@ def _prune(arguments: argparse.Namespace) -> None:
     from kfac_prune.pipeline import run
 
     run(recipe, echo=_echo, quiet=_quiet())
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    recipe = Recipe(**_given(arguments))
+    comparison = Comparison(recipe, arguments.methods, arguments.levels, arguments.seeds)
+    from kfac_prune.compare import compare
+
+    compare(comparison, echo=_echo, quiet=_quiet())
 
 
 def _eval(arguments: argparse.Namespace) -> None:

@@ -12,9 +12,9 @@ import yaml
 
 from kfac_prune.errors import InputError
 
-METHODS = ("kfac", "layerwise", "obd", "magnitude", "sparsegpt", "wanda")
+METHODS = ("kfac", "layerwise", "obd", "magnitude", "sparsegpt", "wanda", "alps", "llm-surgeon")
 #: Those that prune single weights only.
-BASELINES = ("sparsegpt", "wanda")
+BASELINES = ("sparsegpt", "wanda", "alps", "llm-surgeon")
 #: Added to each curvature factor, as a fraction of its mean diagonal, where the recipe leaves it open.
 DAMPING, STRUCTURED_DAMPING = 0.03, 0.001
 #: Epochs of the reconstruction, where the recipe leaves them open and there are windows enough.
@@ -25,9 +25,11 @@ ALLOCATIONS = {
     "kfac": ("curves", "uniform", "global"),
     "layerwise": ("uniform",),
     "obd": ("uniform", "global"),
-    "magnitude": ("uniform", "global"),
-    "sparsegpt": ("uniform",),
-    "wanda": ("uniform",),
+    "magnitude": ("uniform", "global", "owl"),
+    "sparsegpt": ("uniform", "owl"),
+    "wanda": ("uniform", "owl"),
+    "alps": ("uniform", "owl"),
+    "llm-surgeon": ("global", "uniform"),
 }
 
 
@@ -128,14 +130,15 @@ class Recipe:
     method: str = _option(
         "kfac",
         "curvature: kfac = G x A (Optimal Brain Surgeon), layerwise = I x A, obd = its diagonal, magnitude = I; "
-        "or sparsegpt, wanda, as in their papers, to compare with",
+        "or sparsegpt, wanda, alps, llm-surgeon, as in their papers, to compare with",
         choices=METHODS,
     )
     allocation: str | None = _option(
         None,
         "sparsity per layer: curves = least predicted loss, uniform = the same everywhere, global = one saliency "
-        "threshold; default: curves for kfac and unstructured, else uniform",
-        choices=("curves", "uniform", "global"),
+        "threshold, owl = less for blocks with more outlying activations (for magnitude, wanda, sparsegpt, alps); "
+        "default: curves for kfac and unstructured, global for llm-surgeon and unstructured, else uniform",
+        choices=("curves", "uniform", "global", "owl"),
     )
     refit: bool | None = _option(
         None,
@@ -232,9 +235,12 @@ class Recipe:
         if self.allocation is None:
             return
         if self.allocation not in ALLOCATIONS[self.method]:
+            allowed = f"use {' or '.join(ALLOCATIONS[self.method])}"
+            if self.allocation == "owl":
+                raise InputError(f"allocation owl is not for method {self.method}, whose losses tell more; {allowed}")
             raise InputError(
                 f"allocation {self.allocation} needs losses that compare across layers, which method {self.method} "
-                f"does not give; use {' or '.join(ALLOCATIONS[self.method])}"
+                f"does not give; {allowed}"
             )
         only = "curves" if self._partly_dense else "uniform"
         if implied is not None and self.allocation != only:

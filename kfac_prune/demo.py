@@ -8,14 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kfac_prune.curvature.estimate import Method, estimate_factors
+from kfac_prune.bench import Bench
+from kfac_prune.curvature.estimate import Method
 from kfac_prune.data import consecutive_windows, read_documents, sample_windows, token_stream
 from kfac_prune.export import save_model
-from kfac_prune.models import load_model, load_tokenizer, prunable_layers
+from kfac_prune.figures import HOW_TO_GET, Curve, Panel, draw
+from kfac_prune.models import load_model, load_tokenizer
 from kfac_prune.obs import NM
-from kfac_prune.plan import loss_curves, make_plan, prune
-from kfac_prune.probe import Probe
-from kfac_prune.quality import Quality, evaluate
+from kfac_prune.quality import Quality
 from kfac_prune.store import check_output, new_folder
 
 ASSETS = Path(__file__).parent / "assets"
@@ -49,41 +49,30 @@ def run_demo(out: str, *, echo: Callable[[str], None] = print, quiet: bool = Tru
     held_out = token_stream(tokenizer, read_documents(str(ASSETS / "demo_heldout.jsonl")))
     windows = sample_windows(calibration, WINDOWS, LENGTH, seed=0)
     test = consecutive_windows(held_out, min(HELD_OUT, len(held_out) // LENGTH), LENGTH)
-    layers = prunable_layers(model)
+    bench = Bench(model, windows, test, batch_size=BATCH, probed=PROBED, quiet=quiet)
     echo(
-        f"A Llama of {model.num_parameters():,} parameters with {len(layers)} linear layers, calibrated on "
+        f"A Llama of {model.num_parameters():,} parameters with {len(bench.layers)} linear layers, calibrated on "
         f"{windows.tokens:,} tokens, measured on {test.tokens:,} tokens that it has never seen."
     )
-    factors = estimate_factors(model, layers, windows, batch_size=BATCH, quiet=quiet)
-    curves = loss_curves(layers, factors, quiet=quiet)
-    probe = Probe(model, windows.split(PROBED)[1], BATCH)
-    dense = evaluate(model, test, batch_size=BATCH, quiet=quiet)
+    dense = bench.dense
     rows: list[dict[str, Any]] = []
     for name, level in LEVELS.items():
         for method in METHODS:
-            plan = make_plan(
-                layers,
-                factors,
+            copy = bench.prune(
+                method,
+                allocation="curves" if method == "kfac" else "uniform",
                 sparsity=level if isinstance(level, float) else None,
                 pattern=level if isinstance(level, NM) else None,
-                method=method,
-                allocation="curves" if method == "kfac" else "uniform",
-                curves=curves,
-                probe=probe,
-                quiet=quiet,
             )
-            swap = prune(layers, plan)
-            quality = evaluate(model, test, dense=swap.swapped_in, batch_size=BATCH, quiet=quiet)
-            if (name, method) != ("2:4", "kfac"):
-                swap.restore()
+            quality = copy.measure()
             rows.append(
                 {
                     "level": name,
                     "method": method,
-                    "sparsity": plan.sparsity,
+                    "sparsity": copy.plan.sparsity,
                     "loss": quality.loss,
                     "perplexity": quality.perplexity,
-                    "kl_predicted": plan.predicted,
+                    "kl_predicted": copy.plan.predicted,
                     "kl_measured": quality.kl,
                 }
             )
@@ -92,15 +81,15 @@ def run_demo(out: str, *, echo: Callable[[str], None] = print, quiet: bool = Tru
     with new_folder(out, overwrite=overwrite) as folder:
         record = {"dense": {"loss": dense.loss, "perplexity": dense.perplexity}, "rows": rows}
         (folder / "demo.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        save_model(model, tokenizer, folder / "kfac-2-4")
-        picture = draw(dense, rows, folder / "loss_vs_sparsity.png")
+        save_model(copy.model, tokenizer, folder / "kfac-2-4")
+        pictured = picture(dense, rows, folder / "loss_vs_sparsity.png")
     echo(f"\nDone in {time.perf_counter() - start:.0f} s. Written to {out}/:")
     echo("  kfac-2-4/             the model pruned by K-FAC at 2:4, loads with from_pretrained")
     echo("  demo.json             the figures above")
-    if picture:
+    if pictured:
         echo("  loss_vs_sparsity.png  loss against sparsity")
     else:
-        echo('  (no picture: matplotlib is not installed; pip install "kfac-prune[plot]")')
+        echo(f"  ({HOW_TO_GET})")
     return rows
 
 
@@ -116,26 +105,14 @@ def table(dense: Quality, rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw(dense: Quality, rows: list[dict[str, Any]], path: Path) -> bool:
+def picture(dense: Quality, rows: list[dict[str, Any]], path: Path) -> bool:
     """Plot loss against sparsity, one line per method and a marker for 2:4; False without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    curves = []
     for (method, label), color in zip(METHODS.items(), ("#999999", "#e08a1e", "#1f6fb4"), strict=True):
         mine = [row for row in rows if row["method"] == method]
-        line = [(row["sparsity"], row["loss"]) for row in mine if row["level"] != "2:4"]
-        axes.plot(*zip(*line, strict=True), marker="o", color=color, label=label)
-        axes.plot(*[[row[k] for row in mine if row["level"] == "2:4"] for k in ("sparsity", "loss")], "D", color=color)
-    assert dense.loss is not None
-    axes.axhline(dense.loss, linestyle=":", color="black", label="dense")
-    axes.plot([], [], "D", color="black", label="diamonds: 2:4")
-    axes.set(xlabel="sparsity of the linear layers", ylabel="held-out loss (nats per token)")
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
-    axes.set_title("One-shot pruning of the demo model: same code, three curvatures")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    return True
+        points = [(row["sparsity"], row["loss"]) for row in mine if row["level"] != "2:4"]
+        marks = [(row["sparsity"], row["loss"]) for row in mine if row["level"] == "2:4"]
+        curves.append(Curve(label, points, marks=marks, color=color))
+    panel = Panel("sparsity of the linear layers", "held-out loss (nats per token)", curves, dense.loss, percent=True)
+    title = "One-shot pruning of the demo model: same code, three curvatures"
+    return draw([panel], path, title=title, marks="2:4")

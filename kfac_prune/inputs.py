@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,12 +21,57 @@ from kfac_prune.data import (
     token_stream,
 )
 from kfac_prune.errors import InputError
-from kfac_prune.models import Layer, context_length
+from kfac_prune.models import Layer, context_length, load_model, load_tokenizer, prunable_layers
 from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.stream import BlockStack, find_writers
 
 #: Share of --data that is kept from calibration and measured on when no --eval-data is given.
 HELD_OUT = 0.1
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A model and its data, checked to fit.
+
+    Attributes:
+        model: dense.
+        tokenizer: of the model.
+        layers: that are to be pruned.
+        calibration: windows.
+        held_out: windows to measure on.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    layers: list[Layer]
+    calibration: Windows
+    held_out: Windows
+
+
+def load_inputs(recipe: Recipe, objective: Objective, echo: Callable[[str], None]) -> Inputs:
+    """Load what a recipe names.
+
+    Args:
+        recipe: with a device that exists.
+        objective: that the model has.
+        echo: is told which layers stay dense because the objective does not depend on them.
+
+    Raises:
+        InputError: something cannot be used, or does not fit the rest.
+    """
+    tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    calibration, held_out = load_data(recipe, tokenizer, objective)
+    model = load_model(
+        recipe.model,
+        dtype=None if recipe.dtype == "auto" else recipe.dtype,
+        device=recipe.device,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    check_tokens(model, calibration, held_out)
+    layers = prunable_layers(model, recipe.include, recipe.ignore)
+    if objective.unit == "sequence":
+        layers = reached_layers(model, layers, calibration, objective, echo)
+    return Inputs(model, tokenizer, layers, calibration, held_out)
 
 
 def resolve_device(name: str) -> str:

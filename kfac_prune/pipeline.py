@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,8 +20,7 @@ from kfac_prune.inputs import (
     check_tokens,
     evaluation_windows,
     has_writers,
-    load_data,
-    reached_layers,
+    load_inputs,
     resolve_device,
     vocabulary_size,
 )
@@ -142,24 +142,14 @@ def _load(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
         raise InputError(f"the text holds no labels for the objective {objective.name}; fisher can only be sampled")
     stages = Stages(echo)
     with stages("load"):
-        tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
-        calibration, held_out = load_data(recipe, tokenizer, objective)
-        model = load_model(
-            recipe.model,
-            dtype=None if recipe.dtype == "auto" else recipe.dtype,
-            device=recipe.device,
-            trust_remote_code=recipe.trust_remote_code,
-        )
-        check_tokens(model, calibration, held_out)
-        layers = prunable_layers(model, recipe.include, recipe.ignore)
-        if objective.unit == "sequence":
-            layers = reached_layers(model, layers, calibration, objective, echo)
+        loaded = load_inputs(recipe, objective, echo)
+        model, layers, calibration = loaded.model, loaded.layers, loaded.calibration
         check_output(recipe.out, overwrite=recipe.overwrite, need_bytes=int(1.1 * model.get_memory_footprint()))
     echo(coverage(model, layers))
     if recipe.refit and not has_writers(model, calibration):
         echo(f"no refit: the blocks of {type(model).__name__} normalise what they add to the residual stream")
         recipe = replace(recipe, refit=False)
-    return Job(recipe, stages, echo, quiet, model, tokenizer, objective, layers, calibration, held_out)
+    return Job(recipe, stages, echo, quiet, model, loaded.tokenizer, objective, layers, calibration, loaded.held_out)
 
 
 def _mask(job: Job) -> Outcome:
@@ -167,9 +157,12 @@ def _mask(job: Job) -> Outcome:
     recipe, model, layers, stages = job.recipe, job.model, job.layers, job.stages
     options: Any = {"batch_size": recipe.batch_size, "quiet": job.quiet}
     measured: Any = {"objective": job.objective, **options}
+    fisher: Any = recipe.fisher  # the recipe has checked it
+    estimate = partial(
+        estimate_factors, model, layers, job.calibration, fisher=fisher, seed=recipe.seed, **measured
+    )  # fmt: skip
     with stages("curvature"):
-        fisher: Any = recipe.fisher  # the recipe has checked it
-        factors = estimate_factors(model, layers, job.calibration, fisher=fisher, seed=recipe.seed, **measured)
+        factors = estimate()
     groups = parse_pattern(recipe.pattern)
     assert recipe.sparsity is not None
     assert recipe.allocation is not None
@@ -201,6 +194,7 @@ def _mask(job: Job) -> Outcome:
             allocation=recipe.allocation,
             damping=damping,
             probe=Probe.on(model, job.calibration, recipe.batch_size, job.objective),
+            estimate=estimate,
             quiet=job.quiet,
         )
         job.echo(plan.table(job.objective.unit))

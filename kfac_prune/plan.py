@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from kfac_prune.allocate import LossCurve, allocate, least_subset
+from kfac_prune.baselines import llm_surgeon, owl
 from kfac_prune.config import ALLOCATIONS
 from kfac_prune.curvature.estimate import Factors
 from kfac_prune.errors import InputError
@@ -75,6 +77,7 @@ def make_plan(
     damping: Damping | None = None,
     curves: Mapping[str, LossCurve] | None = None,
     probe: Probe | None = None,
+    estimate: Callable[[], Factors] | None = None,
     quiet: bool = True,
 ) -> Plan:
     """Decide every layer's sparsity, select its mask and solve for its weights. The model is not changed.
@@ -86,11 +89,13 @@ def make_plan(
             than that leaves whole layers dense: those whose pruning is predicted to cost most for what it removes.
         pattern: n:m, or None for unstructured.
         method: to prune by.
-        allocation: "curves", "uniform" or "global" (see ``Recipe``); where a pattern leaves nothing to choose, ignored.
+        allocation: "curves", "uniform", "global" or "owl" (see ``Recipe``); ignored where a pattern leaves no choice.
         damping: of the factors; None is ``Damping()``.
         curves: from ``loss_curves``, for allocation "curves"; None computes them.
         probe: measures pruned layers, to correct the predictions and with them what is chosen by "curves"; None trusts
             the predictions as they are.
+        estimate: gives the factors of the model as it is at that moment, for methods that prune it in several shots;
+            it is dense again afterwards.
         quiet: show no progress bars.
     """
     missing = [layer.name for layer in layers if layer.name not in factors.layers]
@@ -111,17 +116,21 @@ def make_plan(
             f"method {method} cannot allocate by {allocation!r}; choose {' or '.join(ALLOCATIONS[method])}"
         )
     factor: dict[str, float] = {}
-    if pattern is not None or allocation == "uniform" or sparsity == 0:
-        sparsities = dict.fromkeys((layer.name for layer in layers), sparsity)
-    elif allocation == "global":
-        sparsities = _global_threshold(layers, problems, sparsity)
+    if method == "llm-surgeon":
+        planned = _in_shots(layers, problems, sparsity, pattern, allocation, estimate)
     else:
-        if curves is None:
-            curves = loss_curves(layers, factors, damping=problems.damping, quiet=quiet)
-        sparsities, factor = _by_curves(layers, problems, sparsity, curves, probe, quiet)
-    planned = []
-    for layer in tqdm(layers, desc="solve", unit="layer", disable=quiet):
-        planned.append(problems.solve(layer, pattern or Unstructured(sparsities[layer.name])))
+        if pattern is not None or allocation == "uniform" or sparsity == 0:
+            sparsities = dict.fromkeys((layer.name for layer in layers), sparsity)
+        elif allocation == "owl":
+            sparsities = _by_outliers(layers, factors, sparsity)
+        elif allocation == "global":
+            sparsities = _global_threshold(layers, problems, sparsity)
+        else:
+            if curves is None:
+                curves = loss_curves(layers, factors, damping=problems.damping, quiet=quiet)
+            sparsities, factor = _by_curves(layers, problems, sparsity, curves, probe, quiet)
+        bar = tqdm(layers, desc="solve", unit="layer", disable=quiet)
+        planned = [problems.solve(layer, pattern or Unstructured(sparsities[layer.name])) for layer in bar]
     if probe is not None and not factor:
         factor = probe.factors(layers, planned, together=target is None, quiet=quiet)
     planned = [replace(made, predicted=made.predicted * factor.get(made.name, 1.0)) for made in planned]
@@ -185,6 +194,41 @@ def _global_threshold(layers: Sequence[Layer], problems: Problems, sparsity: flo
     threshold = kth_largest(everything, keep)
     most = 1 - 1e-6  # every layer keeps at least one weight
     return {name: min(float((s < threshold.to(s.device)).float().mean()), most) for name, s in scores.items()}
+
+
+def _in_shots(
+    layers: Sequence[Layer],
+    problems: Problems,
+    sparsity: float,
+    pattern: NM | None,
+    allocation: str,
+    estimate: Callable[[], Factors] | None,
+) -> list[PlannedLayer]:
+    """What LLM Surgeon makes of the model, which is dense again afterwards."""
+    if estimate is None:
+        raise InputError("method llm-surgeon estimates the curvature anew for every shot; give make_plan an estimate")
+    dense = WeightSwap(layers)
+    try:
+        together = allocation == "global"
+        masks = llm_surgeon(layers, estimate, sparsity=sparsity, pattern=pattern, together=together)
+        pruned = [(layer.weight, layer.bias) for layer in layers]
+    finally:
+        dense.restore()
+    made = []
+    for layer, (weight, bias) in zip(layers, pruned, strict=True):
+        shift = torch.zeros_like(weight[:, 0]) if bias is None or layer.bias is None else bias - layer.bias
+        planned = problems.priced(layer, weight.float(), masks[layer.name], shift.float())
+        made.append(replace(planned, groups_fit=pattern is None or layer.shape[1] % pattern.m == 0))
+    return made
+
+
+def _by_outliers(layers: Sequence[Layer], factors: Factors, sparsity: float) -> dict[str, float]:
+    """Sparsities by OWL; a layer outside all blocks is a block of its own."""
+    blocks: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    for layer in layers:
+        block = next((name for name in factors.streams if layer.name.startswith(f"{name}.")), layer.name)
+        blocks.setdefault(block, {})[layer.name] = layer.weight.float(), factors.layers[layer.name].a
+    return owl(blocks, sparsity)
 
 
 def _removed(layers: Sequence[Layer], pattern: NM, sparsity: float) -> int:

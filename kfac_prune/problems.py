@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from kfac_prune.baselines import sparsegpt, wanda
+from kfac_prune.baselines import alps, sparsegpt, wanda
 from kfac_prune.curvature.estimate import Factors, Method
 from kfac_prune.models import Layer
 from kfac_prune.obs import NM, Pattern, solve
 from kfac_prune.operators import Curvature, Damping, DampingRecord, quadratic_loss
 
 #: How a layer can be pruned: by one of the curvatures, or by a method of the field.
-PruningMethod = Method | Literal["sparsegpt", "wanda"]
+PruningMethod = Method | Literal["sparsegpt", "alps", "wanda", "llm-surgeon"]
+#: Those that see one layer's A alone and leave its bias.
+LAYERWISE_SOLVERS = {"sparsegpt": sparsegpt, "alps": alps}
 
 
 @dataclass(frozen=True)
@@ -67,36 +69,54 @@ class Problems:
 
     def __call__(self, layer: Layer) -> tuple[Tensor, Curvature, list[DampingRecord]]:
         """W [out, in] in float32, its curvature, and what damping that took; for methods with a curvature."""
-        assert self.method != "sparsegpt"
-        assert self.method != "wanda"
-        operator, records = self.factors.layers[layer.name].operator(self.method, self.damping, where=layer.name)
+        method: Any = self.method  # callers know that it is one of ``Method``
+        operator, records = self.factors.layers[layer.name].operator(method, self.damping, where=layer.name)
         return layer.weight.to(torch.float32), operator, records
 
     def solve(self, layer: Layer, pattern: Pattern) -> PlannedLayer:
         """Prune one layer by the method, round to the model's dtype, and predict what that costs."""
         statistics = self.factors.layers[layer.name]
-        weight, bias = layer.weight.to(torch.float32), layer.bias
+        weight = layer.weight.to(torch.float32)
         fisher: Curvature | None = None
         kkt: float | None = None
         records: list[DampingRecord] = []
         if self.method == "wanda":
             mask = wanda(weight, statistics.a, pattern)
             x = weight * mask
-        elif self.method == "sparsegpt":
-            x, mask, record = sparsegpt(weight, statistics.a, pattern, where=layer.name)
+        elif self.method in LAYERWISE_SOLVERS:
+            x, mask, record = LAYERWISE_SOLVERS[self.method](weight, statistics.a, pattern, where=layer.name)
             records = [record]
         else:
             weight, operator, records = self(layer)
             solution = solve(weight, operator, pattern)
             x, mask, kkt = solution.weight, solution.mask, solution.kkt
             fisher = operator if self.method == "kfac" else None
-        if fisher is None:  # the unit of every prediction, whatever the method pruned by
+        shift = torch.zeros_like(weight[:, 0])
+        if self.method in ("kfac", "layerwise"):
+            shift = statistics.bias_update(x.to(layer.weight.dtype).to(weight.dtype) - weight)
+        planned = self.priced(layer, x, mask, shift, fisher)
+        groups_fit = not isinstance(pattern, NM) or layer.shape[1] % pattern.m == 0
+        return replace(planned, kkt=kkt, damping=tuple(records), groups_fit=groups_fit)
+
+    def priced(
+        self, layer: Layer, x: Tensor, mask: Tensor, shift: Tensor, fisher: Curvature | None = None
+    ) -> PlannedLayer:
+        """What it is predicted to cost that a layer becomes another; whatever the method, under the damped G ⊗ A.
+
+        Args:
+            layer: dense.
+            x: its new weights [out, in].
+            mask: of them.
+            shift: of its bias [out], for layers that have one.
+            fisher: the damped G ⊗ A; None builds it.
+        """
+        statistics = self.factors.layers[layer.name]
+        if fisher is None:
             fisher, _ = statistics.operator("kfac", self.damping, where=layer.name)
+        weight, bias = layer.weight.to(torch.float32), layer.bias
         rounded = x.to(layer.weight.dtype)
         change = rounded.to(weight.dtype) - weight
-        shift = torch.zeros_like(weight[:, 0])
-        if bias is not None and self.method in ("kfac", "layerwise"):
-            shift = statistics.bias_update(change)
+        if bias is not None:
             bias = (bias.to(weight.dtype) + shift).to(bias.dtype)
         return PlannedLayer(
             name=layer.name,
@@ -104,7 +124,6 @@ class Problems:
             bias=bias,
             mask=mask,
             predicted=quadratic_loss(fisher, change) + statistics.bias_loss(change, shift),
-            kkt=kkt,
-            damping=tuple(records),
-            groups_fit=not isinstance(pattern, NM) or layer.shape[1] % pattern.m == 0,
+            kkt=None,
+            damping=(),
         )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from transformers import PreTrainedModel
 
 from kfac_prune.config import Recipe
 from kfac_prune.data import Windows
+from kfac_prune.memory import peak_memory_bytes
 from kfac_prune.models import Layer
 from kfac_prune.objective import Objective
 from kfac_prune.permute import Permuted
@@ -70,12 +69,6 @@ class Stages:
         if torch.cuda.is_available():
             record["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
         self.records[name] = record
-
-
-def peak_memory_bytes() -> int:
-    """The largest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def versions() -> dict[str, str]:

@@ -172,6 +172,55 @@ class Journal:
         save_artifact(self._path(part), tensors, key=f"{self.key} {part}", record=record)
 
 
+class Ledger:
+    """Finished rows in a file of JSON lines, of which the first says what they belong to; rows are only ever added.
+
+    The file is replaced as a whole, so that it is never left half written.
+
+    Args:
+        path: of the file; it need not exist.
+
+    Attributes:
+        header: the first line, or None.
+        rows: all others.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.header: dict[str, Any] | None = None
+        self.rows: list[dict[str, Any]] = []
+        if not path.exists():
+            return
+        try:
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read ({error}); move it away, or add --overwrite") from error
+        if lines:
+            self.header, *self.rows = lines
+
+    def begin(self, header: dict[str, Any]) -> None:
+        """A new file with a header alone, in the place of any other."""
+        self.header, self.rows = header, []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._write()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Put a row behind the others; it is on disk when this returns."""
+        self.rows.append(row)
+        self._write()
+
+    def _write(self) -> None:
+        partial = self.path.with_suffix(".partial")
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in (self.header, *self.rows))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.path)
+
+
 def content_hash(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of names, dtypes, shapes and values."""
     digest = hashlib.sha256()

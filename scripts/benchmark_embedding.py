@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_quality import METHODS, NAMES, ROOT, Timed, cell_name, circumstances, put_row, read_rows, replace_between
+from benchmark_quality import METHODS, NAMES, ROOT, cell_name, circumstances, put_row, read_rows, replace_between
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from kfac_prune.allocate import LossCurve
+from kfac_prune.bench import SHARED_STAGES, timed
 from kfac_prune.config import RECONSTRUCT, parse_pattern
 from kfac_prune.curvature.estimate import Factors, estimate_factors, participants
 from kfac_prune.data import Document, choose_texts, sequence_windows
@@ -83,7 +84,7 @@ def sentences(*files: Path) -> list[Document]:
     return [Document(text, True) for text in found if 5 <= len(text.split()) - 1 <= 60]
 
 
-class Benchmark(Timed):
+class Benchmark:
     """The model with all that its cells share, computed when first needed.
 
     Args:
@@ -91,7 +92,7 @@ class Benchmark(Timed):
     """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        super().__init__()
+        self.seconds: dict[str, float] = {}
         self.arguments = arguments
         self.name = Path(arguments.model).name
         self.objective = find_objective("embedding", arguments.model, load_config(arguments.model))
@@ -116,15 +117,17 @@ class Benchmark(Timed):
     @cached_property
     def factors(self) -> Factors:
         """Curvature of all layers."""
-        return self.timed("curvature", lambda: estimate_factors(
-            self.model, self.layers, self.calibration, objective=self.objective, batch_size=BATCH
-        ))  # fmt: skip
+        with timed(self.seconds, "curvature"):
+            return estimate_factors(
+                self.model, self.layers, self.calibration, objective=self.objective, batch_size=BATCH
+            )
 
     @cached_property
     def curves(self) -> dict[str, LossCurve]:
         """Loss curves of all layers."""
         factors = self.factors
-        return self.timed("curves", lambda: loss_curves(self.layers, factors))
+        with timed(self.seconds, "curves"):
+            return loss_curves(self.layers, factors)
 
     def run(self, method: str, level: str) -> None:
         """The cells of one method at one level: one shot, then reconstructed from there."""
@@ -134,7 +137,7 @@ class Benchmark(Timed):
         if level == STRUCTURED:
             wanted = [r for r in wanted if method != "wanda" and (r == "none" or method == "kfac")]
         if wanted:
-            self.begin_cell()
+            self.seconds = {name: self.seconds[name] for name in SHARED_STAGES if name in self.seconds}
             (self.shrink if level == STRUCTURED else self.mask)(method, level, wanted)
 
     def mask(self, method: str, level: str, wanted: list[str]) -> None:
@@ -148,27 +151,28 @@ class Benchmark(Timed):
         layers = [layer for layer in prunable_layers(model) if layer.name in names]
         if pattern is not None and method == "kfac":  # the command line's default
             factors = replace(factors, layers=dict(factors.layers), streams=dict(factors.streams))
-            self.timed("permute", lambda: permute_model(
-                model, layers, factors, pattern, self.calibration, objective=self.objective
-            ))  # fmt: skip
-        plan = self.timed("plan", lambda: make_plan(
-            layers,
-            factors,
-            sparsity=None if groups else float(level[:-1]) / 100,
-            pattern=pattern,
-            method=method,  # type: ignore[arg-type]
-            allocation=METHODS[method],
-            curves=curves,
-            probe=Probe.on(model, self.calibration, BATCH, self.objective) if method == "kfac" else None,
-        ))  # fmt: skip
+            with timed(self.seconds, "permute"):
+                permute_model(model, layers, factors, pattern, self.calibration, objective=self.objective)
+        with timed(self.seconds, "plan"):
+            plan = make_plan(
+                layers,
+                factors,
+                sparsity=None if groups else float(level[:-1]) / 100,
+                pattern=pattern,
+                method=method,  # type: ignore[arg-type]
+                allocation=METHODS[method],
+                curves=curves,
+                probe=Probe.on(model, self.calibration, BATCH, self.objective) if method == "kfac" else None,
+            )
         swap = prune(layers, plan)
         figures = {"allocation": plan.allocation, "sparsity": plan.sparsity, "kl_predicted": plan.predicted}
         for repair in wanted:
             self.seconds.pop("repair", None)
             if repair == "reconstruction":
-                self.timed("repair", lambda: reconstruct_sparse(
-                    model, plan, factors, self.calibration, swap.swapped_in, Reconstruction(RECONSTRUCT)
-                ))  # fmt: skip
+                with timed(self.seconds, "repair"):
+                    reconstruct_sparse(
+                        model, plan, factors, self.calibration, swap.swapped_in, Reconstruction(RECONSTRUCT)
+                    )
             self.write(cell_name(method, repair), level, model, figures)
 
     def shrink(self, method: str, level: str, wanted: list[str]) -> None:
@@ -176,9 +180,10 @@ class Benchmark(Timed):
         target = weights_target(self.model, self.layers, 0.2)
         settings = Settings(method=method, refit=False, objective=self.objective, batch_size=BATCH)  # type: ignore[arg-type]
         factors = self.factors
-        best, _ = self.timed("plan", lambda: prune_structured(
-            self.model, self.layers, self.calibration, target, kinds=("ffn",), settings=settings
-        ))  # fmt: skip
+        with timed(self.seconds, "plan"):
+            best, _ = prune_structured(
+                self.model, self.layers, self.calibration, target, kinds=("ffn",), settings=settings
+            )
         figures = {
             "widths": best.widths,
             "shots": best.shots,
@@ -188,9 +193,10 @@ class Benchmark(Timed):
         for repair in wanted:
             self.seconds.pop("repair", None)
             if repair == "reconstruction":
-                self.timed("repair", lambda: reconstruct_smaller(
-                    self.model, best.model, self.layers, factors, self.calibration, Reconstruction(RECONSTRUCT)
-                ))  # fmt: skip
+                with timed(self.seconds, "repair"):
+                    reconstruct_smaller(
+                        self.model, best.model, self.layers, factors, self.calibration, Reconstruction(RECONSTRUCT)
+                    )
             self.write(cell_name(method, repair), level, best.model, figures)
 
     def write(self, method: str, level: str, model: PreTrainedModel, figures: dict[str, Any]) -> None:

@@ -11,34 +11,22 @@ one JSON line with commit, device and versions; the table in README.md is writte
 """
 
 import argparse
-import copy
 import json
 import subprocess
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from kfac_prune.allocate import LossCurve
+from kfac_prune.bench import Bench, PrunedCopy
 from kfac_prune.config import RECONSTRUCT, parse_pattern
-from kfac_prune.curvature.estimate import Factors, estimate_factors
 from kfac_prune.data import Windows, consecutive_windows, read_documents, sample_windows, token_stream
-from kfac_prune.models import context_length, load_model, load_tokenizer, prunable_layers
+from kfac_prune.models import context_length, load_model, load_tokenizer
 from kfac_prune.obs import NM
-from kfac_prune.permute import permute_model
-from kfac_prune.plan import Plan, loss_curves, make_plan, prune
-from kfac_prune.probe import Probe
-from kfac_prune.quality import Quality, evaluate
-from kfac_prune.reconstruction import Reconstruction, reconstruct_sparse
-from kfac_prune.refitting import refit
+from kfac_prune.reconstruction import Reconstruction
 from kfac_prune.report import peak_memory_bytes, versions
-from kfac_prune.stream import BlockStack, begun_at
 
 ROOT = Path(__file__).resolve().parents[1]
 WIKITEXT, STORIES = ("wikitext2_train.txt", "wikitext2_test.txt"), ("tinystories_train.txt", "tinystories_test.json")
@@ -133,25 +121,7 @@ def windows(tokenizer: Any, subject: Subject, reference: Path, length: int) -> t
     return calibration, consecutive_windows(held_out, subject.test_windows, length)
 
 
-class Timed:
-    """Remembers how long things take: those that all cells share, and those of the present one."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    def timed(self, name: str, make: Callable[[], Any]) -> Any:
-        """The result of ``make``, whose seconds go into every row."""
-        start = time.perf_counter()
-        result = make()
-        self.seconds[name] = time.perf_counter() - start
-        return result
-
-    def begin_cell(self) -> None:
-        """Forget what belongs to the cell before."""
-        self.seconds = {name: value for name, value in self.seconds.items() if name in ("curvature", "curves")}
-
-
-class Benchmark(Timed):
+class Benchmark:
     """One model with all that its cells share, computed when first needed.
 
     Args:
@@ -160,50 +130,14 @@ class Benchmark(Timed):
     """
 
     def __init__(self, name: str, arguments: argparse.Namespace) -> None:
-        super().__init__()
         self.name, self.arguments, subject = name, arguments, MODELS[name]
         if subject.larger and arguments.larger is None:
             raise SystemExit(f"{name} is not among the reference models: name the folder that holds it with --larger")
         folder = arguments.larger if subject.larger else arguments.reference / "models"
-        self.model = load_model(str(folder / name), dtype="float32")
-        tokenizer, length = load_tokenizer(str(folder / name)), min(context_length(self.model) or 256, 256)
-        self.calibration, self.test = windows(tokenizer, subject, arguments.reference, length)
-        self.layers = prunable_layers(self.model)
-        self.batch = 4 if subject.larger else 16
-
-    @cached_property
-    def factors(self) -> Factors:
-        """Curvature of all layers."""
-        return self.timed(
-            "curvature", lambda: estimate_factors(self.model, self.layers, self.calibration, batch_size=self.batch)
-        )
-
-    @cached_property
-    def curves(self) -> dict[str, LossCurve]:
-        """Loss curves of all layers."""
-        factors = self.factors
-        return self.timed("curves", lambda: loss_curves(self.layers, factors))
-
-    @cached_property
-    def dense(self) -> Quality:
-        """Of the dense model."""
-        return evaluate(self.model, self.test, batch_size=self.batch)
-
-    @cached_property
-    def dense_streams(self) -> tuple[BlockStack, list[torch.Tensor]]:
-        """Test windows within the dense model, before its last block: all else of it is run but once."""
-        stack = BlockStack(self.model, self.test, self.batch)
-        streams = stack.entries
-        with torch.no_grad():
-            for block in range(len(stack.names) - 1):
-                streams = [stack.keep(stack.run(block, batch, x)) for batch, x in enumerate(streams)]
-        return stack, streams
-
-    def measure(self, model: PreTrainedModel) -> Quality:
-        """Of a pruned model, beside the dense one."""
-        stack, streams = self.dense_streams
-        with begun_at(stack, len(stack.names) - 1, streams):
-            return evaluate(model, self.test, dense=self.model, batch_size=self.batch)
+        model = load_model(str(folder / name), dtype="float32")
+        tokenizer, length = load_tokenizer(str(folder / name)), min(context_length(model) or 256, 256)
+        calibration, test = windows(tokenizer, subject, arguments.reference, length)
+        self.bench = Bench(model, calibration, test, batch_size=4 if subject.larger else 16)
 
     def run(self, method: str, level: str) -> None:
         """The cells of one method at one level: one shot, then each repair from there."""
@@ -214,57 +148,36 @@ class Benchmark(Timed):
         if not wanted:
             return
         groups = None if level.endswith("%") else parse_pattern(level)
-        pattern = NM(*groups) if groups else None
-        factors = self.factors
-        model = copy.deepcopy(self.model)
-        layers = prunable_layers(model)
-        self.begin_cell()
-        if pattern is not None and method == "kfac":  # the command line's default
-            factors = replace(factors, layers=dict(factors.layers), streams=dict(factors.streams))
-            self.timed("permute", lambda: permute_model(
-                model, layers, factors, pattern, self.calibration
-            ))  # fmt: skip
-        curves = self.curves if METHODS[method] == "curves" and groups is None else None
-        plan = self.timed("plan", lambda: make_plan(
-            layers,
-            factors,
-            sparsity=None if groups else float(level[:-1]) / 100,
-            pattern=pattern,
-            method=method,  # type: ignore[arg-type]
+        copy = self.bench.prune(
+            method,  # type: ignore[arg-type]
             allocation=METHODS[method],
-            curves=curves,
-            probe=Probe.on(model, self.calibration, self.batch) if method == "kfac" else None,
-        ))  # fmt: skip
-        swap = prune(layers, plan)
-        pruned = [(layer, layer.weight, layer.bias) for layer in layers]
+            sparsity=None if groups else float(level[:-1]) / 100,
+            pattern=NM(*groups) if groups else None,
+            permute=groups is not None and method == "kfac",  # the command line's default
+        )
         for repair in wanted:
-            for layer, weight, bias in pruned:
-                layer.assign(weight, bias)
-            self.seconds.pop("repair", None)
             if repair == "refit":
-                self.timed("repair", lambda: refit(
-                    model, layers, plan, factors, self.calibration, swap.swapped_in, pattern=pattern,
-                    batch_size=self.batch,
-                ))  # fmt: skip
+                copy.refit()
             elif repair == "reconstruction":
-                self.timed("repair", lambda: reconstruct_sparse(
-                    model, plan, factors, self.calibration, swap.swapped_in, Reconstruction(RECONSTRUCT)
-                ))  # fmt: skip
-            self.write(cell_name(method, repair), level, plan, self.measure(model))
+                copy.reconstruct(Reconstruction(RECONSTRUCT))
+            else:
+                copy.restart()
+            self.write(cell_name(method, repair), level, copy)
 
-    def write(self, method: str, level: str, plan: Plan, quality: Quality) -> None:
+    def write(self, method: str, level: str, copy: PrunedCopy) -> None:
         """Add a cell to the file, or replace it there."""
+        quality, dense, plan = copy.measure(), self.bench.dense, copy.plan
         row = {
             "model": self.name,
             "method": method,
             "level": level,
             "allocation": plan.allocation,
             "sparsity": plan.sparsity,
-            "dense_loss": self.dense.loss,
-            "d": quality.loss - self.dense.loss,
+            "dense_loss": dense.loss,
+            "d": quality.loss - dense.loss,
             "kl": quality.kl,
             "kl_predicted": plan.predicted,
-            **circumstances(self.model, self.seconds),
+            **circumstances(copy.model, copy.seconds),
         }
         put_row(self.arguments.out, row)
         print(

@@ -10,52 +10,17 @@ import subprocess
 import sys
 
 import pytest
-import torch
 import yaml
+from letters import LETTERS, save_llama
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
-from transformers import (
-    BertConfig,
-    BertLMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
 
 from kfac_prune import models, pipeline
 from kfac_prune.cli import build_parser, main
 from kfac_prune.config import Recipe
 
-COMMANDS = ("prune", "eval", "inspect", "demo")
-LETTERS = "abcdefghijklmnopqrstuvwxyz .\n"
+COMMANDS = ("prune", "compare", "eval", "inspect", "demo")
 SMALL = ("--seqlen", "16", "--samples", "32", "--eval-samples", "8")
-
-
-def letter_tokenizer():
-    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *LETTERS])}
-    core = Tokenizer(WordLevel(vocab=vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-
-
-def save_llama(folder, **changes):
-    torch.manual_seed(0)
-    options = {
-        "vocab_size": 40,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": True,
-        "initializer_range": 0.3,
-    }
-    LlamaForCausalLM(LlamaConfig(**(options | changes))).save_pretrained(folder)
-    letter_tokenizer().save_pretrained(folder)
 
 
 @pytest.fixture
@@ -111,7 +76,7 @@ def test_exit_code_of_the_module():
     assert done.stderr == "kfac-prune: error: sparsity is 2.0; it must be at least 0 and below 1\n"
 
 
-def test_there_are_four_commands():
+def test_these_are_the_commands():
     assert tuple(subparsers(build_parser())) == COMMANDS
 
 

@@ -16,9 +16,9 @@ MAX_LINES = 400
 #: From the bottom up. A name is a module of the package, one of its sub-packages, or the Triton kernels. What stands
 #: in one row does not know its neighbours.
 LAYERS = (
-    ("errors", "ranks"),
+    ("errors", "ranks", "memory", "figures"),
     ("config", "linalg", "reference", "data", "store", "pruned_model"),
-    ("kernels", "models", "fisher"),
+    ("kernels", "models", "fisher", "protocol"),
     ("objective",),
     ("quality",),
     ("backend", "operators", "stream", "export"),
@@ -31,8 +31,9 @@ LAYERS = (
     ("reconstruction",),
     ("structure",),
     ("permute",),
-    ("report", "demo", "inspect_model", "inputs"),
-    ("pipeline",),
+    ("report", "bench", "inspect_model", "inputs"),
+    ("demo", "compare_report"),
+    ("pipeline", "compare"),
     ("cli",),
     ("__init__", "__main__"),
 )

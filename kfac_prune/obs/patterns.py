@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -93,3 +94,15 @@ class NM(Pattern):
         """Whether a mask [out, in] keeps at most n of every m."""
         padded = torch.nn.functional.pad(mask, (0, -mask.shape[1] % self.m))
         return bool((rearrange(padded, "o (g m) -> o g m", m=self.m).sum(-1) <= self.n).all())
+
+
+def project_together(pattern: Pattern, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The masks of several tensors, of any shape, that compete as if they were one row; by name.
+
+    Args:
+        pattern: feasible masks of that row.
+        scores: at least 0, or below it for what must go first.
+    """
+    everything = torch.cat([score.flatten() for score in scores.values()])
+    parts = pattern.project(everything[None])[0].split([score.numel() for score in scores.values()])
+    return {name: part.view_as(score) for (name, score), part in zip(scores.items(), parts, strict=True)}
