@@ -1,6 +1,8 @@
 """The Optimal Brain Surgeon's problem for one layer: saliency, patterns, selection, compensation."""
 
 from kfac_prune.obs.compensate import Compensation, compensate
+from kfac_prune.obs.exact import SurgeonPath, surgeon
+from kfac_prune.obs.gradient import newton_decrease, newton_point
 from kfac_prune.obs.patterns import NM, Pattern, Unstructured
 from kfac_prune.obs.saliency import saliency
 from kfac_prune.obs.select import FAST, THOROUGH, AdmmSchedule, Selection, select
@@ -15,9 +17,13 @@ __all__ = [
     "Pattern",
     "Selection",
     "Solution",
+    "SurgeonPath",
     "Unstructured",
     "compensate",
+    "newton_decrease",
+    "newton_point",
     "saliency",
     "select",
     "solve",
+    "surgeon",
 ]
