@@ -31,7 +31,7 @@ LAYERS = (
     ("reconstruction",),
     ("structure",),
     ("permute",),
-    ("report", "demo", "inspect_model", "inputs"),
+    ("report", "demo", "inspect_model", "inputs", "theory"),
     ("pipeline",),
     ("cli",),
     ("__init__", "__main__"),

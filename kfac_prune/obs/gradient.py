@@ -12,9 +12,9 @@ def newton_point(weight: Tensor, curvature: Curvature, gradient: Tensor) -> Tens
 
     To minimise ``⟨g, D⟩ + ½⟨D, H D⟩`` over D with ``D = −W`` on the removed weights, complete the square: with
     X = W + D it is ``½⟨X − W', H(X − W')⟩ − ½⟨g, H⁻¹ g⟩``, W' = W − H⁻¹ g. So ``saliency``, ``select``,
-    ``compensate``, ``solve`` and ``surgeon`` need no other form: they take W' for the weight. The single-weight saliency becomes
-    ``(w_q − [H⁻¹g]_q)² / (2 [H⁻¹]_qq)`` and kept weights move by the Newton step as well. The step is a full one, so H
-    must be damped enough for the quadratic to hold that far.
+    ``compensate``, ``solve`` and ``surgeon`` need no other form: they take W' for the weight. The single-weight
+    saliency becomes ``(w_q − [H⁻¹g]_q)² / (2 [H⁻¹]_qq)`` and kept weights move by the Newton step as well. The step is
+    a full one, so H must be damped enough for the quadratic to hold that far.
 
     Args:
         weight: W [out, in].
