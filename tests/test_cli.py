@@ -29,7 +29,7 @@ from kfac_prune import models, pipeline
 from kfac_prune.cli import build_parser, main
 from kfac_prune.config import Recipe
 
-COMMANDS = ("prune", "eval", "inspect", "demo")
+COMMANDS = ("prune", "eval", "inspect", "demo", "theory")
 LETTERS = "abcdefghijklmnopqrstuvwxyz .\n"
 SMALL = ("--seqlen", "16", "--samples", "32", "--eval-samples", "8")
 
@@ -111,7 +111,7 @@ def test_exit_code_of_the_module():
     assert done.stderr == "kfac-prune: error: sparsity is 2.0; it must be at least 0 and below 1\n"
 
 
-def test_there_are_four_commands():
+def test_there_are_five_commands():
     assert tuple(subparsers(build_parser())) == COMMANDS
 
 
