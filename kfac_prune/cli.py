@@ -1,4 +1,4 @@
-"""The command line: ``kfac-prune prune | compare | eval | inspect | demo``. torch loads only when it is needed."""
+"""The command line: ``kfac-prune prune | compare | eval | inspect | demo | theory``; torch loads only when needed."""
 
 from __future__ import annotations
 
@@ -117,6 +117,19 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", default="kfac-prune-demo", help="folder for table, picture and model; default: %(default)s"
     )
     demo.set_defaults(run=_demo)
+
+    theory = commands.add_parser(
+        "theory",
+        help="derive the rules of pruning and check them on problems small enough to be exact; needs no network",
+        description="Write a page with the derivations, from magnitude to exact OBS, and with small exact experiments "
+        "on handwritten digits: every curvature along the sparsity axis, predicted against true loss, networks stopped "
+        "early, indefinite Hessians, pruning at initialisation and with rewinding. Takes one to two minutes. Needs "
+        'scikit-learn and matplotlib: pip install "kfac-prune[theory]".',
+    )
+    theory.add_argument(
+        "--out", default="kfac-prune-theory", help="folder for page, pictures and figures; default: %(default)s"
+    )
+    theory.set_defaults(run=_theory)
     return parser
 
 
@@ -209,3 +222,9 @@ def _demo(arguments: argparse.Namespace) -> None:
     from kfac_prune.demo import run_demo
 
     run_demo(arguments.out, echo=_echo, quiet=_quiet())
+
+
+def _theory(arguments: argparse.Namespace) -> None:
+    from kfac_prune.theory.run import run_theory
+
+    run_theory(arguments.out, echo=_echo)

@@ -31,7 +31,7 @@ LAYERS = (
     ("reconstruction",),
     ("structure",),
     ("permute",),
-    ("report", "bench", "inspect_model", "inputs"),
+    ("report", "bench", "inspect_model", "inputs", "theory"),
     ("demo", "compare_report"),
     ("pipeline", "compare"),
     ("cli",),

@@ -5,7 +5,19 @@ import torch
 from oracles import DTYPE_IDS, DTYPES, assert_close, dense_matrix, eye, normal, quadratic, spd
 
 from kfac_prune.linalg import inverse_from_cholesky, kth_largest, shifted
-from kfac_prune.operators import Curvature, Dense, Diagonal, Kronecker, ScaledIdentity, quadratic_loss
+from kfac_prune.operators import (
+    BlockDiagonal,
+    Curvature,
+    Dense,
+    Diagonal,
+    DirectSum,
+    EigenKronecker,
+    Kronecker,
+    LowRank,
+    Scaled,
+    ScaledIdentity,
+    quadratic_loss,
+)
 
 SHAPES = [(1, 1), (1, 7), (5, 1), (7, 5), (4, 6)]
 CONDITION = 1e2  # of each factor
@@ -120,6 +132,10 @@ class CurvatureContract:
             margin = torch.linalg.eigvalsh(exact - (p + p.T) / 2)
             assert float(margin[0]) >= -1e-6 * float(exact.abs().max())
 
+    def test_shifted_inverse_at_zero_is_the_inverse(self, pair, shape, dtype):
+        operator, h = pair
+        self.close_after_inversion(dense_matrix(operator.shifted_inverse(0.0), shape, dtype), torch.linalg.inv(h))
+
     def test_quadratic_loss(self, pair, shape, dtype):
         operator, h = pair
         change = normal(*shape, seed=2, dtype=dtype)
@@ -183,6 +199,185 @@ class TestDense(CurvatureContract):
         return Dense(h, shape), h.double()
 
 
+def gradients(m, shape, *, seed, dtype=torch.float64):
+    """[m, out, in] of very different sizes along the weights, as real ones are."""
+    return (normal(m, *shape, seed=seed) * normal(*shape, seed=seed + 1).exp()).to(dtype)
+
+
+def outer_products(g):
+    """(1/m) Σ vec(g) vec(g)ᵀ, one sample after the other."""
+    return sum(torch.outer(x.double().reshape(-1), x.double().reshape(-1)) for x in g) / len(g)
+
+
+class TestBlockDiagonalOfRows(CurvatureContract):
+    size = 3
+    along = "rows"
+
+    def spans(self, shape):
+        """The positions of each block in vec(W)."""
+        lines, length = (shape[0], shape[1]) if self.along == "rows" else (1, shape[0] * shape[1])
+        for line in range(lines):
+            for start in range(0, length, self.size):
+                yield range(line * length + start, line * length + min(start + self.size, length))
+
+    def make(self, shape, dtype):
+        spans = list(self.spans(shape))
+        blocks = torch.stack([spd(self.size, condition=CONDITION, seed=7 + i, dtype=dtype) for i in range(len(spans))])
+        h = torch.zeros(shape[0] * shape[1], shape[0] * shape[1], dtype=torch.float64)
+        for span, block in zip(spans, blocks, strict=True):
+            h[span.start : span.stop, span.start : span.stop] = block[: len(span), : len(span)]
+        return BlockDiagonal(blocks, shape, self.along), h
+
+    def test_fisher_is_the_blocks_of_the_outer_products(self, shape, dtype):
+        g = gradients(4, shape, seed=8, dtype=dtype)
+        whole, h = outer_products(g), 0.3 * eye(shape[0] * shape[1])
+        for span in self.spans(shape):
+            part = slice(span.start, span.stop)
+            h[part, part] += whole[part, part]
+        operator = BlockDiagonal.fisher(g, self.size, 0.3, self.along)
+        assert operator.blocks.dtype == dtype
+        assert_close(operator.to_dense(), h)
+
+
+class TestBlockDiagonalOfTheWholeMatrix(TestBlockDiagonalOfRows):
+    size = 4
+    along = "vec"
+
+
+class TestLowRank(CurvatureContract):
+    m = 3
+
+    def make(self, shape, dtype):
+        d, u = normal(*shape, seed=9).exp().to(dtype), normal(self.m, *shape, seed=10, dtype=dtype)
+        return LowRank(d, u), torch.diag(d.double().reshape(-1)) + len(u) * outer_products(u)
+
+
+class TestLowRankOfMoreThanFullRank(TestLowRank):
+    m = 50
+
+
+class TestEigenKronecker(CurvatureContract):
+    def make(self, shape, dtype):
+        out, width = shape
+        basis_a, basis_g = (torch.linalg.qr(normal(n, n, seed=n)).Q.to(dtype) for n in (width, out))
+        moments = normal(*shape, seed=11).exp().to(dtype)
+        basis = torch.kron(basis_g.double(), basis_a.double())
+        return EigenKronecker(basis_a, basis_g, moments), basis @ torch.diag(moments.double().reshape(-1)) @ basis.T
+
+    def close_after_inversion(self, actual, expected):
+        """The basis is orthogonal only to the rounding of its own dtype."""
+        assert_close(actual, expected, condition=self.condition)
+
+
+class TestScaled(CurvatureContract):
+    exact_shift = False
+    condition = 1e4
+
+    def make(self, shape, dtype):
+        h = spd(shape[0] * shape[1], condition=CONDITION, seed=6, dtype=dtype)
+        scale = (0.3 * normal(*shape, seed=12)).exp().to(dtype)
+        s = scale.double().reshape(-1)
+        return Scaled(Dense(h, shape), scale), h.double() / torch.outer(s, s)
+
+    def close_after_inversion(self, actual, expected):
+        """Scaled in its own dtype."""
+        assert_close(actual, expected, condition=10)
+
+    def test_shifted_inverse_is_never_more_than_the_inverse(self, shape, dtype):
+        """It need not be: the shift is the mean of a scale that varies. It is the inverse that the docstring states."""
+        operator, _ = self.make(shape, dtype)
+        s = operator.scale.double().reshape(-1)
+        h = operator.inner.to_dense().double() + RHO * float((s**2).mean()) * eye(len(s))
+        expected = torch.linalg.inv(h) * torch.outer(s, s)
+        self.close_after_inversion(dense_matrix(operator.shifted_inverse(RHO), shape, dtype), expected)
+
+
+class TestDirectSum(CurvatureContract):
+    exact_shift = False
+    condition = 1e4
+
+    @pytest.fixture(params=[(1, 1), (1, 7), (1, 41)], ids=lambda s: f"{s[0]}x{s[1]}")
+    def shape(self, request):
+        return request.param
+
+    def make(self, shape, dtype):
+        if shape == (4, 6):
+            shape = (1, 24)
+        sizes = {1: [(1, 1)], 7: [(2, 3), (1, 1)], 24: [(4, 5), (2, 2)], 41: [(5, 7), (3, 2)]}[shape[1]]
+        parts = [TestKronecker().make(sizes[0], dtype), *(TestDiagonal().make(size, dtype) for size in sizes[1:])]
+        return DirectSum([part for part, _ in parts]), torch.block_diag(*(h for _, h in parts))
+
+    def close_after_inversion(self, actual, expected):
+        """An equilibrated sum is rescaled in its own dtype."""
+        assert_close(actual, expected, condition=self.condition if actual.dtype == torch.float64 else 10)
+
+
+def test_a_sum_of_separable_parts_is_separable():
+    assert DirectSum([Diagonal(torch.ones(2, 3)), ScaledIdentity(torch.ones(()), (1, 2))]).separable
+    assert not DirectSum([Diagonal(torch.ones(2, 3)), Kronecker(torch.eye(2), torch.eye(2))]).separable
+
+
+class TestHierarchy:
+    """Where two approximations must be the same matrix, and where theory gives an order."""
+
+    shape = (4, 6)
+    damping = 0.2
+
+    @pytest.fixture
+    def sample(self):
+        return gradients(9, self.shape, seed=13)
+
+    def test_blocks_of_one_weight_are_the_diagonal(self, sample):
+        block = BlockDiagonal.fisher(sample, 1, self.damping)
+        diagonal = Diagonal(sample.square().mean(0) + self.damping)
+        assert_close(block.to_dense(), diagonal.to_dense())
+        x = normal(*self.shape, seed=14)
+        assert_close(block.shifted_inverse(RHO)(x), diagonal.shifted_inverse(RHO)(x))
+        assert_close(block.inverse_diagonal(), diagonal.inverse_diagonal())
+
+    @pytest.mark.parametrize("m", [9, 60], ids="m={}".format)
+    def test_one_block_and_low_rank_are_the_dense_fisher(self, m):
+        sample = gradients(m, self.shape, seed=13)
+        dense = Dense(outer_products(sample) + self.damping * eye(24), self.shape)
+        block = BlockDiagonal.fisher(sample, 24, self.damping, "vec")
+        low = LowRank.fisher(sample, self.damping)
+        condition = float(torch.linalg.cond(dense.h))
+        for other in (block, low):
+            assert_close(other.to_dense(), dense.h)
+            assert_close(other.inverse_diagonal(), dense.inverse_diagonal(), condition=condition)
+
+    @pytest.mark.parametrize("seed", range(5))
+    @pytest.mark.parametrize("m", [1, 3, 200], ids="m={}".format)
+    def test_eigen_kronecker_is_never_farther_from_the_fisher_than_kronecker(self, m, seed):
+        a, g = normal(300, 6, seed=seed), normal(300, 4, seed=seed + 10)
+        a, g = a.T @ a / 300, g.T @ g / 300
+        sample = gradients(m, self.shape, seed=seed + 20)
+        fisher = outer_products(sample)
+        corrected = EigenKronecker.fisher(a, g, sample, 0.0)
+        error = torch.linalg.matrix_norm(corrected.to_dense() - fisher)
+        kronecker = torch.linalg.matrix_norm(Kronecker(a, g).to_dense() - fisher)
+        assert error <= kronecker * (1 + 1e-12)
+        own = EigenKronecker(
+            corrected.basis_a, corrected.basis_g, corrected.moments * (1 + 0.1 * normal(*self.shape, seed=3))
+        )
+        assert error < torch.linalg.matrix_norm(own.to_dense() - fisher)  # the best of all with these eigenvectors
+
+    def test_eigen_kronecker_with_the_factors_eigenvalues_is_kronecker(self):
+        a, g = spd(6, seed=1), spd(4, seed=2)
+        (values_a, basis_a), (values_g, basis_g) = torch.linalg.eigh(a), torch.linalg.eigh(g)
+        operator = EigenKronecker(basis_a, basis_g, torch.outer(values_g, values_a))
+        assert_close(operator.to_dense(), torch.kron(g, a))
+
+    def test_kronecker_and_its_correction_are_exact_for_independent_rank_one_gradients(self):
+        """g aᵀ over all pairs of some g and some a: the Fisher is G ⊗ A itself."""
+        vectors_a, vectors_g = normal(5, 6, seed=3), normal(7, 4, seed=4)
+        sample = torch.stack([torch.outer(g, a) for g in vectors_g for a in vectors_a])
+        a, g = vectors_a.T @ vectors_a / 5, vectors_g.T @ vectors_g / 7
+        fisher = outer_products(sample)
+        assert_close(Kronecker(a, g).to_dense(), fisher)
+        assert_close(EigenKronecker.fisher(a, g, sample, 0.0).to_dense(), fisher)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -194,8 +389,27 @@ class TestDense(CurvatureContract):
         (lambda: Kronecker(torch.eye(2), torch.ones(2, 3)), "G must be a square matrix"),
         (lambda: Kronecker(torch.ones(2), None, out_features=2), "A must be a square matrix"),
         (lambda: Kronecker(torch.eye(2), None), "out_features"),
+        (lambda: BlockDiagonal(torch.ones(3, 2, 2), (2, 3)), "need 4 blocks of 2 x 2"),
+        (lambda: LowRank(torch.ones(2, 3), torch.ones(4, 3, 2)), r"needs \[m, out, in\]"),
+        (lambda: EigenKronecker(torch.eye(2), torch.eye(2), torch.ones(2, 3)), "U_A is"),
+        (lambda: Scaled(Diagonal(torch.ones(2, 3)), torch.ones(3, 2)), "the scale is"),
+        (lambda: DirectSum([]), "at least one"),
     ],
-    ids=["diagonal-1d", "diagonal-3d", "dense-size", "dense-rectangular", "a-rect", "g-rect", "a-1d", "no-rows"],
+    ids=[
+        "diagonal-1d",
+        "diagonal-3d",
+        "dense-size",
+        "dense-rectangular",
+        "a-rect",
+        "g-rect",
+        "a-1d",
+        "no-rows",
+        "blocks",
+        "low",
+        "eigen",
+        "scale",
+        "none",
+    ],
 )
 def test_wrong_shapes_are_refused(build, message):
     with pytest.raises(ValueError, match=message):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -17,7 +16,7 @@ class Curvature(ABC):
     """
 
     #: H is diagonal: taking the smallest saliencies is the exact optimum, and there is nothing to compensate.
-    separable: ClassVar[bool] = False
+    separable: bool = False
 
     @property
     @abstractmethod
@@ -46,7 +45,10 @@ class Curvature(ABC):
 
     @abstractmethod
     def shifted_inverse(self, rho: float) -> Callable[[Tensor], Tensor]:
-        """Factor once and return ``R ↦ P`` with P ≈ (H + rho·I)⁻¹ R, itself symmetric positive definite."""
+        """Factor once and return ``R ↦ P`` with P ≈ (H + rho·I)⁻¹ R, itself symmetric positive definite.
+
+        With rho = 0 it is the inverse itself, in every class.
+        """
 
     def preconditioned(self, rho: float) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """Factor once and return ``R ↦ (P, H P)``, P as from ``shifted_inverse``."""

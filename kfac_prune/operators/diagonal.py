@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ class Diagonal(Curvature):
         h: [out, in], positive second derivatives, one per weight.
     """
 
-    separable: ClassVar[bool] = True
+    separable = True
 
     def __init__(self, h: Tensor) -> None:
         if h.ndim != 2:
