@@ -16,12 +16,14 @@ MAX_LINES = 400
 #: From the bottom up. A name is a module of the package, one of its sub-packages, or the Triton kernels. What stands
 #: in one row does not know its neighbours.
 LAYERS = (
-    ("errors", "ranks"),
-    ("config", "linalg", "reference", "data", "store", "pruned_model"),
-    ("kernels", "models", "fisher"),
+    ("errors", "ranks", "reference"),
+    ("kernels",),
+    ("backend",),
+    ("config", "linalg", "data", "store", "pruned_model"),
+    ("models", "fisher"),
     ("objective",),
     ("quality",),
-    ("backend", "operators", "stream", "export"),
+    ("operators", "stream", "export"),
     ("obs", "curvature"),
     ("allocate", "baselines"),
     ("problems",),
