@@ -135,3 +135,54 @@ def _(weights: Sequence[Tensor], scales: Sequence[Tensor], k: int) -> Tensor:
 @kth_largest_scaled.register_fake
 def _(weights: Sequence[Tensor], scales: Sequence[Tensor], k: int) -> Tensor:
     return weights[0].new_empty(())
+
+
+@torch.library.custom_op("kfac_prune::block_sweep", mutates_args=("weight", "error", "kept"))
+def block_sweep(
+    weight: Tensor,
+    u: Tensor,
+    error: Tensor,
+    kept: Tensor,
+    start: int,
+    bits: Tensor | None = None,
+    threshold: Tensor | None = None,
+    n: int = 0,
+    m: int = 0,
+) -> None:
+    """Mask and compensate a block of columns, as ``reference.block_sweep``."""
+    reference.block_sweep(weight, u, error, kept, start, bits, threshold, n, m)
+
+
+@block_sweep.register_kernel("cuda")
+def _(
+    weight: Tensor,
+    u: Tensor,
+    error: Tensor,
+    kept: Tensor,
+    start: int,
+    bits: Tensor | None = None,
+    threshold: Tensor | None = None,
+    n: int = 0,
+    m: int = 0,
+) -> None:
+    if not HAS_TRITON:
+        return reference.block_sweep(weight, u, error, kept, start, bits, threshold, n, m)
+    from kfac_prune_kernels.block_sweep import block_sweep as kernel
+
+    kernel(weight, u, error, kept, start, bits, threshold, n, m)
+    return None
+
+
+@block_sweep.register_fake
+def _(
+    weight: Tensor,
+    u: Tensor,
+    error: Tensor,
+    kept: Tensor,
+    start: int,
+    bits: Tensor | None = None,
+    threshold: Tensor | None = None,
+    n: int = 0,
+    m: int = 0,
+) -> None:
+    return None

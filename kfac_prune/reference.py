@@ -8,6 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+#: Columns that the block sweep takes at most, and that one word of mask bits stands for.
+BLOCK_COLUMNS, SPAN = 128, 32
+
 
 def admm_tail(x: Tensor, dual: Tensor, mask: Tensor, z: Tensor, threshold: Tensor, rho: float) -> Tensor:
     """Z step and dual ascent of ADMM (DESIGN §5) for a threshold on the scores.
@@ -151,6 +154,106 @@ def kth_largest_scaled(weights: Sequence[Tensor], scales: Sequence[Tensor], k: i
     """
     check_scaled(weights, scales, k)
     return kth_largest([w.square() / s for w, s in zip(weights, scales, strict=True)], k)
+
+
+def block_sweep(
+    weight: Tensor,
+    u: Tensor,
+    error: Tensor,
+    kept: Tensor,
+    start: int,
+    bits: Tensor | None = None,
+    threshold: Tensor | None = None,
+    n: int = 0,
+    m: int = 0,
+) -> None:
+    """Prune a block of columns one by one, each passing its error on to the rest of the block (SparseGPT, OBC).
+
+    Column j loses the weights off its mask, and every column k > j of the block receives ``−(w_j / U_jj) U_jk``; the
+    columns after the block await ``W[:, stop:] −= errorᵀ U[start:stop, stop:]``. The mask is given by exactly one of:
+
+    - bits: chosen beforehand;
+    - threshold: ``w_j² / U_jj² > threshold`` of the weights as the block begins;
+    - n, m: the n largest ``w_j² / U_jj²`` of every m columns, of the weights as they have become by then; of equals the
+      earlier. A last group may be shorter.
+
+    A NaN is removed by a threshold or n:m and may spread over its row.
+
+    Args:
+        weight: W [out, in] float32, updated in place; rows may lie apart.
+        u: U [in, in] float32, upper triangular with H⁻¹ = Uᵀ U; rows may lie apart. Its lower triangle is not read.
+        error: [width of the block, out] float32, contiguous, overwritten: w_j / U_jj where removed, 0 where kept.
+        kept: [width of the block, out] bool, contiguous, overwritten: the mask transposed.
+        start: first column of the block, which is at most 128 wide.
+        bits: the mask as ``pack_bits`` packs it; start must then be a multiple of 32.
+        threshold: scalar tensor, float32, never read by the host.
+        n: kept of every group.
+        m: columns per group, at most 32.
+
+    Raises:
+        ValueError: an argument is not as described.
+    """
+    check_block_sweep(weight, u, error, kept, start, bits, threshold, n, m)
+    width = len(error)
+    x, u = weight[:, start : start + width], u[start : start + width, start : start + width]
+    pivots = u.diagonal().square()
+    if threshold is not None:
+        kept.copy_((x.square() / pivots > threshold).T)
+    if bits is not None:
+        columns = torch.arange(start, start + width, device=x.device)
+        kept.copy_(((bits[:, columns // SPAN] >> (columns % SPAN)) & 1).T)
+    for j in range(width):
+        if n and j % m == 0:
+            kept[j : j + m] = largest_of_groups(x[:, j : j + m].square() / pivots[j : j + m], n, m).T
+        error[j] = x[:, j].masked_fill(kept[j], 0.0) * u[j, j].reciprocal()
+        x[:, j + 1 :] -= error[j].unsqueeze(1) * u[j, j + 1 :]
+        x[:, j].masked_fill_(~kept[j], 0.0)
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """A mask [out, in] bool as words [out, in / 32 rounded up] int32: bit b of word i is column 32 i + b."""
+    rows, columns = mask.shape
+    padded = torch.nn.functional.pad(mask, (0, -columns % SPAN)).reshape(rows, -(-columns // SPAN), SPAN)
+    words = padded.to(torch.int64) << torch.arange(SPAN, device=mask.device)
+    return words.sum(-1).to(torch.int32)
+
+
+def check_block_sweep(
+    weight: Tensor,
+    u: Tensor,
+    error: Tensor,
+    kept: Tensor,
+    start: int,
+    bits: Tensor | None,
+    threshold: Tensor | None,
+    n: int,
+    m: int,
+) -> None:
+    """Raise ValueError unless the arguments are as ``block_sweep`` describes them."""
+    name = "block_sweep"
+    if weight.dim() != 2 or error.dim() != 2:
+        raise ValueError(f"weight and error have {weight.dim()} and {error.dim()} dimensions; {name} needs 2 and 2")
+    (rows, columns), width, device = weight.shape, len(error), weight.device
+    _check(name, "weight", weight, (rows, columns), device, rows_apart=True)
+    _check(name, "u", u, (columns, columns), device, rows_apart=True)
+    _check(name, "error", error, (width, rows), device)
+    _check(name, "kept", kept, (width, rows), device, dtype=torch.bool)
+    if width > BLOCK_COLUMNS or not 0 <= start <= columns - width:
+        raise ValueError(
+            f"the block is columns {start} to {start + width}; {name} takes at most {BLOCK_COLUMNS} of the {columns}"
+        )
+    if (bits is not None) + (threshold is not None) + (n > 0) != 1:
+        raise ValueError(f"{name} needs exactly one of bits, threshold and n:m")
+    if bits is not None:
+        _check(name, "bits", bits, (rows, -(-columns // SPAN)), device, dtype=torch.int32)
+        if start % SPAN:
+            raise ValueError(f"the block starts at column {start}; with bits it must start at a multiple of {SPAN}")
+    if threshold is not None:
+        _check_threshold(name, threshold, weight)
+    if n:
+        _check_groups(name, n, m)
+        if m > SPAN:
+            raise ValueError(f"pattern is {n}:{m}; {name} takes groups of at most {SPAN}")
 
 
 def check_plain(scores: Sequence[Tensor], k: int) -> None:
