@@ -6,12 +6,16 @@ Every function is an operator ``torch.ops.kfac_prune.*`` of the same name, signa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from kfac_prune import reference
+
+#: Triton is a dependency on Linux alone; elsewhere the twins run on a GPU too.
+HAS_TRITON = find_spec("triton") is not None
 
 
 @torch.library.custom_op("kfac_prune::admm_tail", mutates_args=("dual", "mask", "z"))
@@ -36,7 +40,7 @@ def admm_tail(x: Tensor, dual: Tensor, mask: Tensor, z: Tensor, threshold: Tenso
 
 @admm_tail.register_kernel("cuda")
 def _(x: Tensor, dual: Tensor, mask: Tensor, z: Tensor, threshold: Tensor, rho: float) -> Tensor:
-    if find_spec("triton") is None:  # it is a dependency on Linux alone; the twin gives the same bits
+    if not HAS_TRITON:
         return reference.admm_tail(x, dual, mask, z, threshold, rho)
     from kfac_prune_kernels.admm_tail import admm_tail as kernel
 
@@ -47,3 +51,138 @@ def _(x: Tensor, dual: Tensor, mask: Tensor, z: Tensor, threshold: Tensor, rho: 
 @admm_tail.register_fake
 def _(x: Tensor, dual: Tensor, mask: Tensor, z: Tensor, threshold: Tensor, rho: float) -> Tensor:
     return x.new_empty((), dtype=torch.int64)
+
+
+@torch.library.custom_op("kfac_prune::admm_tail_nm", mutates_args=("dual", "mask", "z"))
+def admm_tail_nm(x: Tensor, dual: Tensor, mask: Tensor, z: Tensor, n: int, m: int, rho: float) -> Tensor:
+    """Z step and dual ascent of ADMM for the n largest scores of every m, as ``reference.admm_tail_nm``."""
+    return reference.admm_tail_nm(x, dual, mask, z, n, m, rho)
+
+
+@admm_tail_nm.register_kernel("cuda")
+def _(x: Tensor, dual: Tensor, mask: Tensor, z: Tensor, n: int, m: int, rho: float) -> Tensor:
+    if not HAS_TRITON:
+        return reference.admm_tail_nm(x, dual, mask, z, n, m, rho)
+    from kfac_prune_kernels.admm_tail import admm_tail_nm as kernel
+
+    churn: Tensor = kernel(x, dual, mask, z, n, m, rho)
+    return churn
+
+
+@admm_tail_nm.register_fake
+def _(x: Tensor, dual: Tensor, mask: Tensor, z: Tensor, n: int, m: int, rho: float) -> Tensor:
+    return x.new_empty((), dtype=torch.int64)
+
+
+@torch.library.custom_op("kfac_prune::kth_largest", mutates_args=())
+def kth_largest(scores: Sequence[Tensor], k: int) -> Tensor:
+    """The k-th largest entry of several float32 tensors, as ``reference.kth_largest``; nothing is read by the host."""
+    return reference.kth_largest(scores, k)
+
+
+@kth_largest.register_kernel("cuda")
+def _(scores: Sequence[Tensor], k: int) -> Tensor:
+    if not HAS_TRITON:
+        return reference.kth_largest(scores, k)
+    from kfac_prune_kernels.kth_largest import kth_largest as kernel
+
+    score: Tensor = kernel(scores, k)
+    return score
+
+
+@kth_largest.register_fake
+def _(scores: Sequence[Tensor], k: int) -> Tensor:
+    return scores[0].new_empty(())
+
+
+@torch.library.custom_op("kfac_prune::kth_largest_dual", mutates_args=())
+def kth_largest_dual(x: Tensor, dual: Tensor, rho: float, k: int) -> Tensor:
+    """The k-th largest of ``(X + V/rho)²``, as ``reference.kth_largest_dual``; the scores are never stored."""
+    return reference.kth_largest_dual(x, dual, rho, k)
+
+
+@kth_largest_dual.register_kernel("cuda")
+def _(x: Tensor, dual: Tensor, rho: float, k: int) -> Tensor:
+    if not HAS_TRITON:
+        return reference.kth_largest_dual(x, dual, rho, k)
+    from kfac_prune_kernels.kth_largest import kth_largest_dual as kernel
+
+    score: Tensor = kernel(x, dual, rho, k)
+    return score
+
+
+@kth_largest_dual.register_fake
+def _(x: Tensor, dual: Tensor, rho: float, k: int) -> Tensor:
+    return x.new_empty(())
+
+
+@torch.library.custom_op("kfac_prune::kth_largest_scaled", mutates_args=())
+def kth_largest_scaled(weights: Sequence[Tensor], scales: Sequence[Tensor], k: int) -> Tensor:
+    """The k-th largest of ``w_rc² / s_c``, as ``reference.kth_largest_scaled``; the scores are never stored."""
+    return reference.kth_largest_scaled(weights, scales, k)
+
+
+@kth_largest_scaled.register_kernel("cuda")
+def _(weights: Sequence[Tensor], scales: Sequence[Tensor], k: int) -> Tensor:
+    if not HAS_TRITON:
+        return reference.kth_largest_scaled(weights, scales, k)
+    from kfac_prune_kernels.kth_largest import kth_largest_scaled as kernel
+
+    score: Tensor = kernel(weights, scales, k)
+    return score
+
+
+@kth_largest_scaled.register_fake
+def _(weights: Sequence[Tensor], scales: Sequence[Tensor], k: int) -> Tensor:
+    return weights[0].new_empty(())
+
+
+@torch.library.custom_op("kfac_prune::block_sweep", mutates_args=("weight", "error", "kept"))
+def block_sweep(
+    weight: Tensor,
+    u: Tensor,
+    error: Tensor,
+    kept: Tensor,
+    start: int,
+    bits: Tensor | None = None,
+    threshold: Tensor | None = None,
+    n: int = 0,
+    m: int = 0,
+) -> None:
+    """Mask and compensate a block of columns, as ``reference.block_sweep``."""
+    reference.block_sweep(weight, u, error, kept, start, bits, threshold, n, m)
+
+
+@block_sweep.register_kernel("cuda")
+def _(
+    weight: Tensor,
+    u: Tensor,
+    error: Tensor,
+    kept: Tensor,
+    start: int,
+    bits: Tensor | None = None,
+    threshold: Tensor | None = None,
+    n: int = 0,
+    m: int = 0,
+) -> None:
+    if not HAS_TRITON:
+        return reference.block_sweep(weight, u, error, kept, start, bits, threshold, n, m)
+    from kfac_prune_kernels.block_sweep import block_sweep as kernel
+
+    kernel(weight, u, error, kept, start, bits, threshold, n, m)
+    return None
+
+
+@block_sweep.register_fake
+def _(
+    weight: Tensor,
+    u: Tensor,
+    error: Tensor,
+    kept: Tensor,
+    start: int,
+    bits: Tensor | None = None,
+    threshold: Tensor | None = None,
+    n: int = 0,
+    m: int = 0,
+) -> None:
+    return None

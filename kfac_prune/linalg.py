@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kfac_prune import backend
+
 
 def shifted(matrix: Tensor, shift: float | Tensor) -> Tensor:
     """``M + shift·I`` as a new matrix [n, n]."""
@@ -46,4 +48,7 @@ def inverse_upper_cholesky(matrix: Tensor) -> Tensor:
 def kth_largest(values: Tensor, k: int) -> Tensor:
     """The k-th largest entry (1 <= k <= numel) of a tensor, as a scalar tensor."""
     flat = values.reshape(-1)
+    if flat.is_cuda and flat.dtype == torch.float32:
+        found: Tensor = backend.kth_largest([flat], k)
+        return found
     return torch.kthvalue(flat, flat.numel() - k + 1).values

@@ -16,12 +16,14 @@ MAX_LINES = 400
 #: From the bottom up. A name is a module of the package, one of its sub-packages, or the Triton kernels. What stands
 #: in one row does not know its neighbours.
 LAYERS = (
-    ("errors", "ranks", "memory", "figures"),
-    ("config", "linalg", "reference", "data", "store", "pruned_model"),
-    ("kernels", "models", "fisher", "protocol"),
+    ("errors", "ranks", "memory", "figures", "reference"),
+    ("kernels",),
+    ("backend",),
+    ("config", "linalg", "data", "store", "pruned_model"),
+    ("models", "fisher", "protocol"),
     ("objective",),
     ("quality",),
-    ("backend", "operators", "stream", "export"),
+    ("operators", "stream", "export"),
     ("obs", "curvature"),
     ("allocate", "baselines"),
     ("problems",),

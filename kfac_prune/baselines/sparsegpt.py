@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kfac_prune import backend
 from kfac_prune.linalg import inverse_upper_cholesky
-from kfac_prune.obs import NM, Pattern
+from kfac_prune.obs import NM, Pattern, Unstructured
 from kfac_prune.operators import Damping, DampingRecord
+from kfac_prune.reference import SPAN
 
 #: The authors' damping, and the columns whose mask is chosen at once and whose error is passed on by one product.
 DAMPING, BLOCK = 0.01, 128
@@ -38,7 +40,58 @@ def sparsegpt(weight: Tensor, a: Tensor, pattern: Pattern, *, where: str = "W") 
     h, record = Damping(DAMPING)(a.double(), name="A", where=where)
     u = inverse_upper_cholesky(h).to(weight.dtype)
     alive = a.diagonal() > 0
-    x = (weight * alive).T.contiguous()  # [in, out]: a column of W is contiguous
+    x = weight * alive
+    sweep = sweep_fused if x.is_cuda and x.dtype == torch.float32 and has_kernel(pattern) else sweep_by_leaves
+    x, kept = sweep(x, u, pattern)
+    return x, (kept & alive.unsqueeze(1)).T.contiguous(), record
+
+
+def has_kernel(pattern: Pattern) -> bool:
+    """Whether ``sweep_fused`` knows a pattern."""
+    return type(pattern) is Unstructured or (type(pattern) is NM and pattern.m <= SPAN)
+
+
+def sweep_fused(x: Tensor, u: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """The sweep by the kernel for blocks of columns; nothing waits for the host.
+
+    Args:
+        x: W [out, in] float32, overwritten.
+        u: U [in, in].
+        pattern: one with a kernel. Weights that tie at an unstructured block's threshold are all removed.
+
+    Returns:
+        X [out, in], and the mask transposed, [in, out].
+    """
+    x, u = x.contiguous(), u.contiguous()
+    rows, columns = x.shape
+    kept = torch.empty(columns, rows, dtype=torch.bool, device=x.device)
+    block = BLOCK // pattern.m * pattern.m if isinstance(pattern, NM) else BLOCK
+    pivots = u.diagonal().square()
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        error = torch.empty(stop - start, rows, dtype=x.dtype, device=x.device)
+        if isinstance(pattern, NM):
+            backend.block_sweep(x, u, error, kept[start:stop], start, n=pattern.n, m=pattern.m)
+        else:
+            assert isinstance(pattern, Unstructured)
+            threshold = _threshold(x[:, start:stop], pivots[start:stop], pattern)
+            backend.block_sweep(x, u, error, kept[start:stop], start, threshold=threshold)
+        x[:, stop:].addmm_(error.T, u[start:stop, stop:], alpha=-1)
+    return x, kept
+
+
+def _threshold(x: Tensor, pivots: Tensor, pattern: Unstructured) -> Tensor:
+    """The largest score ``w² / U_jj²`` of a block [out, width] that the pattern removes; -1 where it removes none."""
+    keep = pattern.kept_of(x.numel())
+    if keep == x.numel():
+        return x.new_full((), -1.0)
+    threshold: Tensor = backend.kth_largest_scaled([x], [pivots], keep + 1)
+    return threshold
+
+
+def sweep_by_leaves(x: Tensor, u: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """The sweep by PyTorch's operations, for any pattern. Args and result as ``sweep_fused``."""
+    x = x.T.contiguous()  # [in, out]: a column of W is contiguous
     error, kept = torch.zeros_like(x), torch.ones_like(x, dtype=torch.bool)
     if isinstance(pattern, NM):  # leaves and blocks of whole groups
         group = pattern.m
@@ -63,4 +116,4 @@ def sparsegpt(weight: Tensor, a: Tensor, pattern: Pattern, *, where: str = "W") 
             x[end:stop].addmm_(u[begin:end, end:stop].T, error[begin:end], alpha=-1)
 
     sweep(0, len(x), (block, leaf, 1))
-    return x.T.contiguous(), (kept & alive.unsqueeze(1)).T.contiguous(), record
+    return x.T.contiguous(), kept

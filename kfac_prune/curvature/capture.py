@@ -15,6 +15,18 @@ from kfac_prune.errors import InputError
 from kfac_prune.models import Layer
 
 
+def add_gram(total: Tensor, rows: Tensor) -> None:
+    """Add Σ r rᵀ over rows [tokens, n] of any dtype to a total [n, n] in float32.
+
+    Products of bfloat16 numbers are exact in float32, so on a GPU the matrix units multiply them as they are.
+    """
+    if rows.is_cuda and rows.dtype == torch.bfloat16:
+        total += torch.mm(rows.T, rows, out_dtype=torch.float32)
+    else:
+        rows = rows.float()
+        total.addmm_(rows.T, rows)
+
+
 @dataclass
 class InputMoments:
     """Sums over tokens of what enters one or more layers.
@@ -31,9 +43,8 @@ class InputMoments:
 
     def add(self, rows: Tensor) -> None:
         """Add rows [tokens, in] of any dtype."""
-        rows = rows.float()
-        self.second.addmm_(rows.T, rows)
-        self.first += rows.sum(0)
+        add_gram(self.second, rows)
+        self.first += rows.float().sum(0)
         self.tokens += rows.shape[0]
 
 
@@ -51,8 +62,7 @@ class GradientMoments:
 
     def add(self, rows: Tensor) -> None:
         """Add rows [tokens, out] of any dtype."""
-        rows = rows.float()
-        self.second.addmm_(rows.T, rows)
+        add_gram(self.second, rows)
         self.tokens += rows.shape[0]
 
 

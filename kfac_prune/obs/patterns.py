@@ -40,9 +40,13 @@ class Unstructured(Pattern):
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity is {self.sparsity}; it must be at least 0 and below 1")
 
+    def kept_of(self, weights: int) -> int:
+        """How many of so many weights are kept: at least one."""
+        return max(weights - round(self.sparsity * weights), 1)
+
     def project(self, scores: Tensor) -> Tensor:
         """The largest scores; ties go to the earlier position, so that the count is exact."""
-        keep = max(scores.numel() - round(self.sparsity * scores.numel()), 1)
+        keep = self.kept_of(scores.numel())
         threshold = kth_largest(scores, keep)
         mask = scores > threshold
         missing = keep - int(mask.sum())

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kfac_prune.obs.compensate import TOLERANCE
 from kfac_prune.obs.patterns import Pattern
+from kfac_prune.obs.project import z_step
 from kfac_prune.obs.saliency import saliency
 from kfac_prune.operators import Curvature
 
@@ -97,12 +98,15 @@ def admm(weight: Tensor, curvature: Curvature, pattern: Pattern, schedule: AdmmS
     """
     h, scale = curvature.equilibrated()
     w = weight * scale
+    if w.is_cuda:
+        w = w.contiguous()  # row by row, as the kernels read it
     x, gradient, dual = w.clone(), torch.zeros_like(w), torch.zeros_like(w)
-    mask = pattern.project(w.square())
+    mask = pattern.project(w.square()).contiguous()
     kept = int(mask.sum())
     if kept == mask.numel():
         return Selection(mask, weight.clone(), 0)
     z = w * mask
+    step_z = z_step(pattern, w)
     rho, factored_at, unchanged, iteration = RHO_START, 0.0, 0, 0
     for iteration in range(1, schedule.iterations + 1):  # noqa: B007  (its last value is reported)
         if rho >= 2 * factored_at:
@@ -114,14 +118,10 @@ def admm(weight: Tensor, curvature: Curvature, pattern: Pattern, schedule: AdmmS
         step = torch.sum(residual * direction) / denominator.clamp_min(torch.finfo(w.dtype).tiny)
         x += step * direction
         gradient += step * curved
-        # Z step: projection; then the dual ascent
-        y = x + dual / rho
-        previous, mask = mask, pattern.project(y.square())
-        z = y * mask
-        dual += rho * (x - z)
-        churn = int((mask ^ previous).sum()) / (2 * kept)
+        churn = int(step_z(x, dual, mask, z, rho)) / (2 * kept)
         unchanged = unchanged + 1 if churn == 0 else 0
         if unchanged == 3:
             break
         rho = min(rho * schedule.factor(churn), RHO_STOP)
+    mask = step_z.finished(mask, x)
     return Selection(mask, x * mask / scale, iteration)

@@ -1,0 +1,220 @@
+"""Kernels, stages and one whole prune on a GPU: correct, how fast, and how far from what the memory system allows.
+
+Every row is written to FILE as soon as it is measured; the script stops by itself before its time budget is spent.
+
+    python scripts/benchmark_gpu.py --out benchmarks/gpu.jsonl
+    python scripts/benchmark_gpu.py --out FILE --tiny     # the same code on a CPU at toy sizes, by the PyTorch twins
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark_quality import commit
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from kfac_prune import backend, reference
+from kfac_prune.baselines.sparsegpt import sweep_by_leaves, sweep_fused
+from kfac_prune.curvature.capture import InputMoments
+from kfac_prune.curvature.estimate import estimate_factors
+from kfac_prune.data import Windows
+from kfac_prune.linalg import inverse_from_cholesky, inverse_upper_cholesky
+from kfac_prune.models import prunable_layers
+from kfac_prune.obs import FAST, NM, Unstructured, compensate, select
+from kfac_prune.operators import Kronecker
+from kfac_prune.plan import make_plan, prune
+from kfac_prune.report import versions
+
+RHO = 0.37
+
+
+class Bench:
+    """Measures and writes rows until the time is up.
+
+    Args:
+        out: file that rows are appended to.
+        device: to run on.
+        seconds: after which no further measurement starts.
+    """
+
+    def __init__(self, out: Path, device: str, seconds: float) -> None:
+        self.out, self.device, self.end = out, device, time.monotonic() + seconds
+        self.repeats = 9 if device == "cuda" else 2
+        name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+        self.about = {"device": name, "commit": commit(), "versions": versions()}
+
+    def row(self, what: str, **figures: Any) -> None:
+        """Append one row."""
+        row = {"what": what, **figures, **self.about}
+        with self.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(what, figures, flush=True)
+
+    def time(self, run: Callable[[], object], repeats: int | None = None) -> float:
+        """Median milliseconds of a call, by CUDA events, after one call that is not counted."""
+        run()
+        times = []
+        for _ in range(repeats or self.repeats):
+            if self.device == "cuda":
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                run()
+                end.record()
+                end.synchronize()
+                times.append(begin.elapsed_time(end))
+            else:
+                start = time.perf_counter()
+                run()
+                times.append(1000 * (time.perf_counter() - start))
+        return statistics.median(times)
+
+    def stage(self, what: str, run: Callable[[], object], **figures: Any) -> None:
+        """Time a stage and note its peak of memory; nothing once the time is up."""
+        if time.monotonic() > self.end:
+            print(f"{what}: skipped, the time budget is spent", flush=True)
+            return
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        took = self.time(run, 3 if self.device == "cuda" else 1)
+        peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else None
+        self.row(what, ms=took, peak_bytes=peak, **figures)
+
+
+def floors(bench: Bench, n: int) -> float:
+    """Measure what the memory and the matrix units give; returns bytes per millisecond of a copy."""
+    source = torch.ones(n, n, device=bench.device)
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.nbytes / bench.time(lambda: target.copy_(source))
+    half = source.to(torch.bfloat16)
+    rate = 2 * n**3 / bench.time(lambda: half @ half)
+    bench.row("floor", n=n, copy_gb_per_s=bandwidth / 1e6, bf16_tflops=rate / 1e9)
+    return bandwidth
+
+
+def kernels(bench: Bench, n: int, bandwidth: float) -> None:
+    """Every kernel against its twin in float64 or in float32, and against eager PyTorch and the memory floor."""
+    x, dual = (torch.randn(n, n, device=bench.device) for _ in range(2))
+    mask, z, k = x > 0, torch.empty_like(x), n * n // 2
+    exact = (x.double() + dual.double() / RHO).square().reshape(-1).kthvalue(n * n - k + 1).values
+    found = backend.kth_largest_dual(x, dual, RHO, k)
+    cases: dict[str, tuple[Callable[[], object], Callable[[], object], int, float]] = {
+        "kth_largest_dual": (
+            lambda: backend.kth_largest_dual(x, dual, RHO, k),
+            lambda: reference.kth_largest_dual(x, dual, RHO, k),
+            3 * 8,
+            float((found - exact).abs() / exact),
+        )
+    }
+    for name, arguments in {"admm_tail": (found,), "admm_tail_nm": (2, 4)}.items():
+        operator, twin = getattr(backend, name), getattr(reference, name)
+        z64, dual64, z32 = torch.empty_like(x, dtype=torch.float64), dual.double(), torch.empty_like(x)
+        operator(x, dual.clone(), kept := mask.clone(), z32, *arguments, RHO)
+        z64 = (x.double() + dual64 / RHO) * kept
+        error = float((z32 - z64).abs().max() / z64.abs().max())
+        cases[name] = (
+            lambda f=operator, a=arguments: f(x, dual, mask, z, *a, RHO),
+            lambda f=twin, a=arguments: f(x, dual, mask, z, *a, RHO),
+            18,
+            error,
+        )
+    for name, (run, eager, bytes_per_weight, error) in cases.items():
+        if time.monotonic() > bench.end:
+            return
+        took, floor = bench.time(run), bytes_per_weight * n * n / bandwidth
+        bench.row(name, n=n, ms=took, eager_ms=bench.time(eager, 2), floor_ms=floor, relative_error=error)
+
+
+def sweeps(bench: Bench, n: int, u: Tensor) -> None:
+    """SparseGPT's sweep by the kernel and by PyTorch, and how often their masks agree."""
+    w = torch.randn(n, n, device=bench.device)
+    for pattern in (Unstructured(0.5), NM(2, 4)):
+        if time.monotonic() > bench.end:
+            return
+        exact, kept = sweep_by_leaves(w.double(), u.double(), pattern)
+        found, mask = sweep_fused(w.clone(), u, pattern)
+        figures = {
+            "mask_differs": float((mask != kept).double().mean()),
+            "relative_error": float((found - exact).norm() / exact.norm()),
+            "eager_ms": bench.time(lambda p=pattern: sweep_by_leaves(w.clone(), u, p), 1),
+        }
+        bench.stage("sweep", lambda p=pattern: sweep_fused(w.clone(), u, p), n=n, pattern=str(pattern), **figures)
+
+
+def stages(bench: Bench, shapes: list[tuple[int, int]], tokens: int) -> None:
+    """Covariance, factorisation, selection, compensation and sweep on layers of the given shapes."""
+    for out, width in shapes:
+        rows = torch.randn(tokens, width, device=bench.device, dtype=torch.bfloat16)
+        moments = InputMoments(*(torch.zeros(width, *rest, device=bench.device) for rest in ((width,), ())))
+        flops = 2 * tokens * width**2
+        bench.stage("covariance", lambda m=moments, r=rows: m.add(r), tokens=tokens, width=width, flops=flops)
+        a = rows.float().T @ rows.float() / tokens + 0.1 * torch.eye(width, device=bench.device)
+        g = torch.randn(2 * out, out, device=bench.device)
+        g = g.T @ g / len(g) + 0.1 * torch.eye(out, device=bench.device)
+        bench.stage("cholesky", lambda a=a: inverse_from_cholesky(a), width=width)
+        weight, h = torch.randn(out, width, device=bench.device), Kronecker(a, g)
+        shape = {"out": out, "in": width}
+        for pattern in (Unstructured(0.5), NM(2, 4)):
+            bench.stage("admm", lambda w=weight, h=h, p=pattern: select(w, h, p, FAST), pattern=str(pattern), **shape)
+        mask = NM(2, 4).project(weight.square())
+        bench.stage("pcg", lambda w=weight, h=h, m=mask: compensate(w, h, m, max_iterations=20), **shape)
+        if out == width:
+            sweeps(bench, width, inverse_upper_cholesky(a))
+
+
+def whole(bench: Bench, config: LlamaConfig, windows: int, length: int) -> None:
+    """Curvature and prune of a whole model with random weights on random tokens."""
+    dtype = torch.bfloat16 if bench.device == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(bench.device).eval()
+    layers = prunable_layers(model)
+    tokens = Windows(torch.randint(3, config.vocab_size, (windows, length)))
+    size = {"parameters": sum(p.numel() for p in model.parameters()), "windows": windows, "length": length}
+    factors = None
+    for what in ("curvature", "prune"):
+        if time.monotonic() > bench.end:
+            return
+        if bench.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        if factors is None:
+            factors = estimate_factors(model, layers, tokens, batch_size=4)
+        else:
+            prune(layers, make_plan(layers, factors, method="kfac", allocation="uniform", pattern=NM(2, 4)))
+        if bench.device == "cuda":
+            torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() if bench.device == "cuda" else None
+        bench.row(f"model {what}", seconds=time.perf_counter() - start, peak_bytes=peak, **size)
+
+
+def main() -> None:
+    """Run what fits into the time."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="rows are appended here, one JSON object a line")
+    parser.add_argument("--seconds", type=float, default=480, help="start nothing new after this; default: %(default)s")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes on the CPU: shows that the script runs")
+    options = parser.parse_args()
+    if not options.tiny and not torch.cuda.is_available():
+        sys.exit("benchmark_gpu.py: no GPU is visible to torch; --tiny runs the same code on the CPU at toy sizes")
+    torch.manual_seed(0)
+    n, layers, tokens = (64, [(64, 64)], 128) if options.tiny else (4096, [(4096, 4096), (4096, 11008)], 16384)
+    bench = Bench(options.out, "cpu" if options.tiny else "cuda", options.seconds)
+    kernels(bench, n, floors(bench, n))
+    stages(bench, layers, tokens)
+    if options.tiny:
+        small = LlamaConfig(vocab_size=48, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+                            num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+        whole(bench, small, windows=2, length=8)
+    else:  # 1.1 billion parameters
+        large = LlamaConfig(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
+                            num_attention_heads=32, num_key_value_heads=4)  # fmt: skip
+        whole(bench, large, windows=32, length=2048)
+
+
+if __name__ == "__main__":
+    main()
