@@ -27,7 +27,7 @@ LAYERS = (
     ("problems",),
     ("probe",),
     ("plan",),
-    ("refitting",),
+    ("refitting", "shots"),
     ("reconstruction",),
     ("structure",),
     ("permute",),
