@@ -25,14 +25,7 @@ from kfac_prune.inputs import (
     vocabulary_size,
 )
 from kfac_prune.inspect_model import coverage
-from kfac_prune.models import (
-    Layer,
-    head_of,
-    load_config,
-    load_model,
-    load_tokenizer,
-    prunable_layers,
-)
+from kfac_prune.models import Layer, head_of, load_config, load_model, load_tokenizer, prunable_layers
 from kfac_prune.objective import CAUSAL, Objective, find_objective
 from kfac_prune.obs import NM
 from kfac_prune.operators import Damping
@@ -52,6 +45,7 @@ from kfac_prune.report import (
     shrunk_record,
     summary,
 )
+from kfac_prune.shots import Correction, correct, shots_of
 from kfac_prune.store import check_output, clear_work, new_folder, work_folder
 from kfac_prune.structure.latency import latency_target, speeds
 from kfac_prune.structure.prune import Settings, find_groups, parameters_target, prune_structured, weights_target
@@ -215,6 +209,11 @@ def _mask(job: Job) -> Outcome:
                 damping=damping,
                 **options,
             )
+    corrected: list[Correction] = []
+    if plan.sparsity > 0 and (shots := shots_of(recipe, plan.predicted)) > 1:
+        with stages("shots"):
+            again: Any = {"pattern": pattern, "damping": damping, "fisher": fisher, "seed": recipe.seed, **measured}
+            plan, corrected = correct(model, layers, plan, job.calibration, dense.swapped_in, shots - 1, **again)
     reconstructed: list[Reconstructed] = []
     if recipe.reconstruct and plan.sparsity > 0:
         with stages("reconstruct"):
@@ -234,7 +233,8 @@ def _mask(job: Job) -> Outcome:
     with stages("measure pruned"):
         pruned_quality = evaluate(model, job.held_out, dense=dense.swapped_in, label="pruned", **measured)
     covered = sum(layer.mask.numel() for layer in plan.layers) / model.num_parameters()
-    return Outcome(model, dense_quality, pruned_quality, plan_record(plan, permuted, refitted, reconstructed, covered))
+    record = plan_record(plan, permuted, refitted, corrected, reconstructed, covered)
+    return Outcome(model, dense_quality, pruned_quality, record)
 
 
 def _shrink(job: Job) -> Outcome:

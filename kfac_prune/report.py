@@ -24,6 +24,7 @@ from kfac_prune.plan import Plan
 from kfac_prune.quality import Quality
 from kfac_prune.reconstruction import Reconstructed
 from kfac_prune.refitting import Refitted
+from kfac_prune.shots import Correction
 from kfac_prune.structure.latency import Speed
 from kfac_prune.structure.prune import Shrunk
 
@@ -129,6 +130,7 @@ def plan_record(
     plan: Plan,
     permuted: Sequence[Permuted],
     refitted: Sequence[Refitted],
+    corrected: Sequence[Correction],
     reconstructed: Sequence[Reconstructed],
     covered: float,
 ) -> dict[str, Any]:
@@ -138,6 +140,7 @@ def plan_record(
         plan: as applied.
         permuted: the spaces that were permuted before it, empty if that was off.
         refitted: what the residual refit did, empty if it was off.
+        corrected: what the shots after the first did, empty if there were none.
         reconstructed: what the reconstruction did, empty if it was off.
         covered: fraction of the model's parameters that are in the plan's layers.
     """
@@ -145,7 +148,7 @@ def plan_record(
         "allocation": plan.allocation,
         "sparsity": plan.sparsity,
         "parameters_covered": covered,
-        "kl_predicted": plan.predicted,  # by the plan, before any refit
+        "kl_predicted": plan.predicted,  # by the plan, before any refit or further shot
         "layers": {
             layer.name: {
                 "shape": list(layer.mask.shape),
@@ -161,6 +164,8 @@ def plan_record(
             {"kind": p.kind, "name": p.name, "kept_before": p.before, "kept_after": p.after} for p in permuted
         ],
         "refit": {r.name: {"loss_before": r.before, "loss_after": r.after} for r in refitted},
+        "shots": 1 + sum(c.step > 0 for c in corrected),
+        "corrections": [{"step": c.step, "kl_before": c.before, "kl_after": c.after} for c in corrected],
         "reconstruction": [asdict(r) for r in reconstructed],
     }
 
@@ -204,7 +209,8 @@ def shrunk_record(
 
 def summary(record: dict[str, Any]) -> str:
     """The figures of a run as a small aligned table."""
-    before = ", before repair" if record["refit"] or record["reconstruction"] else ""
+    repaired = any(record.get(name) for name in ("refit", "corrections", "reconstruction"))
+    before = ", before repair" if repaired else ""
     measure = f"{DIVERGENCES.get(record['objective'], 'KL')} {{}} (nats/{record['unit']})"
     rows = [("", "dense", "pruned")]
     if "dense" in record:

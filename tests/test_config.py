@@ -318,12 +318,26 @@ def test_without_structured_there_are_no_kinds():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("target_params", 1000), ("target_latency", 2.5), ("widths", "uniform"), ("multiple", 8), ("shots", 2)],
+    [("target_params", 1000), ("target_latency", 2.5), ("widths", "uniform"), ("multiple", 8)],
 )
 def test_options_of_structured_pruning_need_it(name, value):
     with pytest.raises(InputError, match=f"^{name} is an option of structured pruning; add structured"):
         recipe(**{name: value})
     assert getattr(recipe(structured="ffn", **{name: value}), name) == value
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"kfac"}))
+def test_shots_of_a_sparse_model_need_the_curvature_of_its_loss(method):
+    assert recipe(shots=3, pattern="2:4").shots == 3
+    assert recipe(shots=1, method=method).shots == 1
+    with pytest.raises(InputError, match=f"^shots is 3, and method {method} has no curvature in the loss' own unit"):
+        recipe(shots=3, method=method)
+
+
+@pytest.mark.parametrize("structured", [None, "ffn"])
+def test_there_is_at_least_one_shot(structured):
+    with pytest.raises(InputError, match=r"^shots is 0; it must be above 0"):
+        recipe(shots=0, structured=structured)
 
 
 @pytest.mark.parametrize(

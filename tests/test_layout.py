@@ -29,7 +29,7 @@ LAYERS = (
     ("problems",),
     ("probe",),
     ("plan",),
-    ("refitting",),
+    ("refitting", "shots"),
     ("reconstruction",),
     ("structure",),
     ("permute",),

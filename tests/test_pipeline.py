@@ -570,7 +570,40 @@ def test_a_refit_instead(recipe):
     assert record["reconstruction"] == []
     assert len(record["refit"]) == 4
     assert all(one["loss_after"] < one["loss_before"] for one in record["refit"].values())
-    assert list(record["stages"])[-3:] == ["refit", "measure pruned", "save"]
+    assert list(record["stages"])[-4:] == ["refit", "shots", "measure pruned", "save"]
+    assert record["shots"] == 1 + sum(one["step"] > 0 for one in record["corrections"])
+
+
+@pytest.mark.parametrize("fields", [{"sparsity": 0.7}, {"pattern": "2:4"}], ids=["unstructured", "2:4"])
+def test_further_shots(recipe, fields):
+    """One shot is what there was before, more are no worse, keep the pattern, and repeat to the same bytes."""
+    one = run(recipe("llama", reconstruct=0, refit=False, **fields, shots=1))
+    assert one["shots"] == 1
+    assert one["corrections"] == []
+    assert "shots" not in one["stages"]
+    made = recipe("llama", reconstruct=0, refit=False, **fields, overwrite=True)
+    record = run(made)
+    assert one["kl_predicted"] == record["kl_predicted"] > 0.05
+    taken = [c["step"] > 0 for c in record["corrections"]]
+    assert taken[0]
+    assert record["shots"] == 1 + sum(taken)
+    assert all(c["kl_after"] <= c["kl_before"] for c in record["corrections"])
+    assert record["corrections"][-1]["kl_after"] < record["corrections"][0]["kl_before"]
+    for name, layer in record["layers"].items():
+        assert layer["sparsity"] == one["layers"][name]["sparsity"]
+    model = load(made.out)
+    if "pattern" in fields:
+        assert all(NM(2, 4).is_valid(layer.weight != 0) for layer in prunable_layers(model))
+    first = bytes_of(made.out)
+    run(made)
+    assert bytes_of(made.out) == first
+    assert f"in {record['shots']} shots, without training" in (Path(made.out) / "README.md").read_text()
+
+
+def test_a_reconstruction_follows_one_shot(recipe):
+    record = run(recipe("llama"))
+    assert record["shots"] == 1
+    assert record["corrections"] == []
 
 
 def test_permuted_run(recipe):

@@ -1,0 +1,257 @@
+"""Further shots at a sparse model: curvature anew, the gradient as a linear term, masks and weights chosen again.
+
+After the first shot the model is no minimum of the KL to the dense one, and the curvature is another there. A shot
+minimises ``s ⟨g, D⟩ + ½⟨D, H D⟩`` over changes D that leave the pattern intact: g is the gradient of the KL at the
+pruned model, H = G ⊗ A its Fisher there, and the step s ≤ 1 shortens the Newton step to where the quadratic holds. By
+completing the square this is the Optimal Brain Surgeon's problem with ``W − s H⁻¹ g`` for the weights
+(``newton_point``). The linear term is WoodTaylor's (Singh & Alistarh 2020, §5); shots with the K-FAC curvature
+estimated anew are LLM Surgeon's (van der Ouderaa et al. 2024), who raise the sparsity from shot to shot and take no
+gradient term, but train low-rank corrections in between. Here the first shot has the final sparsity and the others
+correct it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from kfac_prune.config import Recipe
+from kfac_prune.curvature.estimate import LayerFactors, estimate_factors
+from kfac_prune.data import Windows
+from kfac_prune.fisher import FisherType
+from kfac_prune.models import Layer
+from kfac_prune.objective import CAUSAL, Objective
+from kfac_prune.obs import Pattern, Unstructured, newton_point, solve
+from kfac_prune.operators import Damping, Kronecker
+from kfac_prune.plan import Plan
+from kfac_prune.problems import PlannedLayer
+from kfac_prune.quality import evaluate
+
+#: Where the recipe leaves them open: shots of a plan that is predicted to lose more than so many nats per unit of the
+#: objective, from so many windows on, unless a reconstruction follows, which ends at the same loss without them.
+SHOTS, LARGE_LOSS, LEAST_WINDOWS = 3, 0.05, 16
+#: Fractions of the Newton step that are tried in turn, on so many windows, until one is worse than the best by
+#: ``SLACK``.
+STEPS, SEARCH_WINDOWS, SLACK = (0.01, 0.03, 0.1, 0.3), 16, 0.02
+#: One window in so many is held out: neither gradient, curvature nor step sees it, and it decides what is kept.
+HELD_OUT = 10
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What one shot after the first did.
+
+    Attributes:
+        step: fraction of the Newton step that was kept; 0 where none helped, and all is as before.
+        before: held-out KL to the dense model, nats per unit of the objective.
+        after: the same with the weights that were kept; never more.
+    """
+
+    step: float
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Of the mean KL, by one layer's parameters: weight [out, in] and bias [out] or None; float32."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def shots_of(recipe: Recipe, predicted: float) -> int:
+    """How many shots a sparse model gets: those asked for, or by the rule of ``SHOTS``.
+
+    Args:
+        recipe: resolved.
+        predicted: loss of the plan, nats per unit of the objective.
+    """
+    if recipe.shots is not None:
+        return recipe.shots
+    large = predicted > LARGE_LOSS and recipe.samples >= LEAST_WINDOWS
+    return SHOTS if recipe.method == "kfac" and not recipe.reconstruct and large else 1
+
+
+def correct(
+    model: PreTrainedModel,
+    layers: Sequence[Layer],
+    plan: Plan,
+    windows: Windows,
+    dense: Callable[[], AbstractContextManager[None]],
+    corrections: int,
+    *,
+    pattern: Pattern | None = None,
+    damping: Damping | None = None,
+    objective: Objective = CAUSAL,
+    fisher: FisherType = "sampled",
+    seed: int = 0,
+    batch_size: int = 4,
+    quiet: bool = True,
+) -> tuple[Plan, list[Correction]]:
+    """Correct a pruned model in place, by so many shots, as long as the held-out windows find it better.
+
+    Args:
+        model: pruned by the plan.
+        layers: that the plan holds.
+        plan: as applied; every layer keeps its number of weights.
+        windows: calibration tokens [N, T]; of fewer than two none can be held out, and nothing is done.
+        dense: a context in which the model has its dense weights (``WeightSwap.swapped_in``).
+        corrections: shots after the first.
+        pattern: an n:m pattern, or None. Masks are chosen anew within it, but for layers that the plan leaves dense,
+            whose weights only move.
+        damping: of both factors; None is ``Damping()``.
+        objective: what the model computes.
+        fisher: as ``estimate_factors``.
+        seed: of the labels of the first shot; every other one has its own.
+        batch_size: windows per pass.
+        quiet: show no progress bar.
+
+    Returns:
+        The plan with the new weights and masks, and what happened in each shot; after one that helps nowhere no other
+        is tried.
+    """
+    records: list[Correction] = []
+    if corrections < 1 or len(windows) < 2:
+        return plan, records
+    fit, held_out = windows.split(max(len(windows) // HELD_OUT, 1))
+    few = fit.split(SEARCH_WINDOWS)[1] if len(fit) > SEARCH_WINDOWS else fit
+    options: Any = {"objective": objective, "batch_size": batch_size}
+
+    def kl(text: Windows) -> float:
+        found = evaluate(model, text, dense=dense, **options).kl
+        assert found is not None
+        return found
+
+    present = list(plan.layers)
+    by_name = {layer.name: layer for layer in layers}
+    layers = [by_name[planned.name] for planned in present]
+    best = kl(held_out)
+    for number in tqdm(range(1, corrections + 1), desc="shots", unit="shot", disable=quiet):
+        factors = estimate_factors(model, layers, fit, fisher=fisher, seed=seed + number, **options)
+        gradients = kl_gradient(model, layers, fit, dense, **options)
+        problems = [
+            _Problem(layer, factors.layers[layer.name], gradient, damping or Damping())
+            for layer, gradient in zip(layers, gradients, strict=True)
+        ]
+        step, moved = _searched(problems, present, pattern, lambda: kl(few))
+        _assign(layers, moved)
+        after = kl(held_out) if step else best
+        better = after < best
+        records.append(Correction(step if better else 0.0, best, after if better else best))
+        if not better:
+            _assign(layers, present)
+            break
+        present, best = moved, after
+    return replace(plan, layers=tuple(present)), records
+
+
+def kl_gradient(
+    model: PreTrainedModel,
+    layers: Sequence[Layer],
+    windows: Windows,
+    dense: Callable[[], AbstractContextManager[None]],
+    *,
+    objective: Objective = CAUSAL,
+    batch_size: int = 4,
+) -> list[Gradient]:
+    """The gradient of the mean KL(dense‖model) over all units, by every layer's weight and bias. See ``correct``."""
+    parameters = [p for layer in layers for p in layer.parameters()]
+    sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+    units = 0
+    with _differentiable(model, parameters):
+        for batch in windows.batches(batch_size):
+            ids = batch.input_ids.to(model.device)
+            mask = None if batch.attention_mask is None else batch.attention_mask.to(model.device)
+            with torch.no_grad(), dense():
+                p = objective.compared(objective.output(model, ids, mask), mask)
+            with torch.enable_grad():
+                q = objective.compared(objective.output(model, ids, mask), mask)
+                divergence = objective.divergence(p, q).sum()
+            for total, gradient in zip(sums, torch.autograd.grad(divergence, parameters), strict=True):
+                total += gradient
+            units += len(q)
+    means = iter([total / max(units, 1) for total in sums])
+    return [
+        Gradient(layer.stored(next(means)), next(means) if len(layer.parameters()) > 1 else None) for layer in layers
+    ]
+
+
+@contextmanager
+def _differentiable(model: PreTrainedModel, parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Only these parameters ask for gradients, in evaluation mode; all is as before afterwards."""
+    training = [module.training for module in model.modules()]
+    everything = list(model.parameters())
+    flags = [p.requires_grad for p in everything]
+    try:
+        model.eval().requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for module, was in zip(model.modules(), training, strict=True):
+            module.training = was
+        for p, flag in zip(everything, flags, strict=True):
+            p.requires_grad_(flag)
+
+
+class _Problem:
+    """One layer at the pruned model: its curvature and Newton step, whatever fraction of it is taken.
+
+    A bias is eliminated exactly, as in ``LayerFactors.operator``. With m = E[a] the quadratic in its change δ is
+    ``⟨g_b, δ⟩ + ½ (D m + δ)ᵀ G (D m + δ)``, least at ``δ = −D m − G⁻¹ g_b``, which leaves ``⟨g − g_b mᵀ, D⟩``.
+    """
+
+    def __init__(self, layer: Layer, statistics: LayerFactors, gradient: Gradient, damping: Damping) -> None:
+        self.layer, self.statistics = layer, statistics
+        self.dtype = layer.weight.dtype
+        self.weight, self.bias = layer.weight.float(), layer.bias
+        self.curvature, _ = statistics.operator("kfac", damping, where=layer.name)
+        slope, self.bias_step = gradient.weight, None
+        if gradient.bias is not None:
+            assert isinstance(self.curvature, Kronecker)
+            assert self.curvature.g is not None
+            slope = slope - torch.outer(gradient.bias, statistics.mean.to(slope))
+            self.bias_step = -torch.linalg.solve(self.curvature.g, gradient.bias)
+        self.step = newton_point(self.weight, self.curvature, slope) - self.weight
+
+    def solve(self, fraction: float, planned: PlannedLayer, pattern: Pattern | None) -> PlannedLayer:
+        """Mask, weights and bias after a fraction of the step; as many weights as before."""
+        if pattern is None or planned.mask.all():  # a layer that the plan leaves dense stays dense
+            pattern = Unstructured(planned.sparsity)
+        solution = solve(self.weight + fraction * self.step, self.curvature, pattern)
+        weight, bias = solution.weight.to(self.dtype), self.bias
+        if bias is not None:
+            assert self.bias_step is not None
+            shift = self.statistics.bias_update(weight.float() - self.weight) + fraction * self.bias_step
+            bias = (bias.float() + shift).to(bias.dtype)
+        return replace(planned, weight=weight, bias=bias, mask=solution.mask)
+
+
+def _searched(
+    problems: Sequence[_Problem], present: list[PlannedLayer], pattern: Pattern | None, kl: Callable[[], float]
+) -> tuple[float, list[PlannedLayer]]:
+    """The best fraction of the Newton step and its layers; 0 and the present ones where none is better."""
+    layers = [problem.layer for problem in problems]
+    least, best, kept = kl(), 0.0, present
+    for fraction in STEPS:
+        moved = [problem.solve(fraction, made, pattern) for problem, made in zip(problems, present, strict=True)]
+        _assign(layers, moved)
+        found = kl()
+        if found < least:
+            least, best, kept = found, fraction, moved
+        elif not found <= (1 + SLACK) * least:
+            break
+    return best, kept
+
+
+def _assign(layers: Sequence[Layer], planned: Sequence[PlannedLayer]) -> None:
+    for layer, made in zip(layers, planned, strict=True):
+        layer.assign(made.weight, made.bias)
