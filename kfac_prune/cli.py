@@ -204,7 +204,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _eval(arguments: argparse.Namespace) -> None:
     given = _given(arguments)
     recipe = Recipe(**{**given, "out": "unused"})  # checks types and ranges
-    from kfac_prune.pipeline import measure
+    from kfac_prune.measurement import measure
 
     _echo(measure(recipe, dense_source=arguments.dense, quiet=_quiet()))
 

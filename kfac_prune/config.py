@@ -160,6 +160,12 @@ class Recipe:
         "what --reconstruct trains at a time: whole blocks, or sublayers (attention, then FFN; less memory)",
         choices=("block", "sublayer"),
     )
+    recover_epochs: int = _option(
+        0,
+        "at the end, epochs over the calibration windows in which all weights that are left learn together to give the "
+        "dense model's outputs, masks fixed; needs memory for training the whole model; stops early, and reported "
+        "apart from the one-shot figures; default: 0, off",
+    )
     streams: str = _option(
         "cpu",
         "where --reconstruct keeps the activations between blocks: main memory, the device's own, or files in the "
@@ -207,6 +213,12 @@ class Recipe:
         if self.reconstruct and self.samples < 10:
             raise InputError(
                 f"reconstruct holds a tenth of the windows out and needs at least 10; samples is {self.samples}"
+            )
+        if self.recover_epochs < 0:
+            raise InputError(f"recover_epochs is {self.recover_epochs}; it must be at least 0")
+        if self.recover_epochs and self.samples < 10:
+            raise InputError(
+                f"recover_epochs holds a tenth of the windows out and needs at least 10; samples is {self.samples}"
             )
         if self.seed >= 2**63:
             raise InputError(f"seed is {self.seed}; it must be at least 0 and below 2^63")

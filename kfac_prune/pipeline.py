@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kfac_prune.config import BASELINES, Recipe, parse_pattern
@@ -17,16 +19,18 @@ from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.export import save_model, save_side_files, verify_saved
 from kfac_prune.inputs import (
-    check_tokens,
-    evaluation_windows,
     has_writers,
     load_inputs,
     resolve_device,
-    vocabulary_size,
 )
 from kfac_prune.inspect_model import coverage
-from kfac_prune.models import Layer, head_of, load_config, load_model, load_tokenizer, prunable_layers
-from kfac_prune.objective import CAUSAL, Objective, find_objective
+from kfac_prune.models import (
+    Layer,
+    head_of,
+    load_config,
+    prunable_layers,
+)
+from kfac_prune.objective import Objective, find_objective
 from kfac_prune.obs import NM
 from kfac_prune.operators import Damping
 from kfac_prune.permute import Permuted, permute_model
@@ -34,13 +38,13 @@ from kfac_prune.plan import make_plan, prune
 from kfac_prune.probe import Probe
 from kfac_prune.quality import Quality, evaluate
 from kfac_prune.reconstruction import Reconstructed, Reconstruction, reconstruct_sparse, table
+from kfac_prune.recovery import recover
 from kfac_prune.refitting import Refitted, refit
 from kfac_prune.report import (
-    DIVERGENCES,
-    LIKENESS,
     Stages,
     model_card,
     plan_record,
+    recovery_record,
     result_record,
     shrunk_record,
     summary,
@@ -230,11 +234,13 @@ def _mask(job: Job) -> Outcome:
                 quiet=job.quiet,
             )
         job.echo(table(reconstructed))
+    masks = {layer.name: layer.mask for layer in plan.layers}
+    recovery = _recover(job, model, [x for x in layers if x.name in masks], dense.swapped_in, masks)
     with stages("measure pruned"):
         pruned_quality = evaluate(model, job.held_out, dense=dense.swapped_in, label="pruned", **measured)
     covered = sum(layer.mask.numel() for layer in plan.layers) / model.num_parameters()
     record = plan_record(plan, permuted, refitted, corrected, reconstructed, covered)
-    return Outcome(model, dense_quality, pruned_quality, record)
+    return Outcome(model, dense_quality, pruned_quality, record | recovery)
 
 
 def _shrink(job: Job) -> Outcome:
@@ -301,6 +307,8 @@ def _shrink(job: Job) -> Outcome:
                 quiet=job.quiet,
             )
         job.echo(table(reconstructed))
+    smaller = [Layer(layer.name, best.model.get_submodule(layer.name)) for layer in job.layers]
+    recovery = _recover(job, best.model, smaller, model)
     with stages("measure pruned"):
         pruned = evaluate(best.model, job.held_out, dense=model, label="pruned", **measured)
     with stages("measure speed"):
@@ -310,9 +318,8 @@ def _shrink(job: Job) -> Outcome:
             f"prefill takes {speed[1].prefill_ms:.3g} ms (dense {speed[0].prefill_ms:.3g}), more than --target-latency "
             f"{recipe.target_latency:g}: timings on {recipe.device} vary, or blocks are not all of it; ask for less"
         )
-    return Outcome(
-        best.model, dense, pruned, shrunk_record(recipe, model, job.layers, best, others, reconstructed, speed)
-    )
+    record = shrunk_record(recipe, model, job.layers, best, others, reconstructed, speed)
+    return Outcome(best.model, dense, pruned, record | recovery)
 
 
 def _reconstruction(recipe: Recipe) -> Reconstruction:
@@ -321,68 +328,31 @@ def _reconstruction(recipe: Recipe) -> Reconstruction:
     return Reconstruction(recipe.reconstruct, unit, recipe.seed, work_folder(recipe.out))
 
 
-def measure(recipe: Recipe, *, dense_source: str | None = None, quiet: bool = True) -> str:
-    """What a model is worth on a text: its sparsity, and what its objective tells.
-
-    A causal language model has a loss and a perplexity on the first windows; any model has, with a dense one beside it,
-    the divergence of its outputs, and where it is of sequences also how alike they are.
-
-    Args:
-        recipe: of which model, data, their options, eval_samples, seqlen, batch_size, device and dtype are used.
-        dense_source: the model before pruning, or None.
-        quiet: show no progress bar.
-
-    Returns:
-        A small table.
-    """
-    device = resolve_device(recipe.device)
-    dtype = None if recipe.dtype == "auto" else recipe.dtype
-    options: Any = {"dtype": dtype, "device": device, "trust_remote_code": recipe.trust_remote_code}
-    objectives = [
-        find_objective(recipe.objective, source, load_config(source, trust_remote_code=recipe.trust_remote_code))
-        for source in (recipe.model, dense_source)
-        if source is not None
-    ]
-    objective = objectives[0]
-    if objectives[-1] != objective:
-        raise InputError(f"{recipe.model} computes {objective} and {dense_source} {objectives[-1]}; not comparable")
-    causal = objective == CAUSAL
-    if dense_source is None and not causal:
-        raise InputError(
-            f"{recipe.model} has the objective {objective.name}, which has no loss or perplexity on plain text; add "
-            "--dense, the model before pruning, to measure how far it is from that"
+def _recover(
+    job: Job,
+    model: PreTrainedModel,
+    layers: Sequence[Layer],
+    dense: PreTrainedModel | Callable[[], AbstractContextManager[None]],
+    masks: Mapping[str, Tensor] | None = None,
+) -> dict[str, Any]:
+    """Distil the whole model where the recipe asks for it; its part of the record, with the figures before."""
+    recipe, objective = job.recipe, job.objective
+    if not recipe.recover_epochs:
+        return {"recovery": None}
+    with job.stages("measure before recovery"):
+        before = evaluate(
+            model, job.held_out, dense=dense, objective=objective, batch_size=recipe.batch_size, quiet=job.quiet
         )
-    tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
-    windows = evaluation_windows(recipe, tokenizer, objective)
-    model = load_model(recipe.model, **options)
-    dense = load_model(dense_source, **options) if dense_source is not None else None
-    for one in (model, dense):
-        if one is not None:
-            check_tokens(one, windows)
-    if dense is not None and vocabulary_size(dense) != vocabulary_size(model):
-        raise InputError(
-            f"{recipe.model} knows {vocabulary_size(model)} tokens and {dense_source} {vocabulary_size(dense)}: "
-            "not the same vocabulary, so there is no KL between them"
+    with job.stages("recover"):
+        recovered = recover(
+            model,
+            layers,
+            job.calibration,
+            dense,
+            epochs=recipe.recover_epochs,
+            masks=masks,
+            objective=objective,
+            seed=recipe.seed,
+            quiet=job.quiet,
         )
-    measured: Any = {"objective": objective, "batch_size": recipe.batch_size, "quiet": quiet}
-    quality = evaluate(model, windows, dense=dense, **measured)
-    layers = prunable_layers(model)
-    zeros = sum(int((layer.weight == 0).sum()) for layer in layers)
-    rows = []
-    if quality.loss is not None:
-        rows += [("loss (nats/token)", f"{quality.loss:.4f}"), ("perplexity", f"{quality.perplexity:.3f}")]
-    rows += [
-        ("sparsity of linear layers", f"{zeros / sum(layer.weight.numel() for layer in layers):.1%}"),
-        (f"{objective.unit}s", f"{quality.tokens:,}"),
-    ]
-    if dense is not None:
-        assert quality.kl is not None
-        if quality.loss is not None:
-            dense_loss = evaluate(dense, windows, **measured).loss
-            assert dense_loss is not None
-            rows.append(("loss increase (nats/token)", f"{quality.loss - dense_loss:.4f}"))
-        name = DIVERGENCES.get(objective.name, "KL")
-        rows.append((f"{name} (nats/{objective.unit})", f"{quality.kl:.4f}"))
-        rows += [(label, f"{quality.likeness[key]:.4f}") for key, label in LIKENESS if key in quality.likeness]
-    width = 28 if causal else 38
-    return "\n".join(f"{name:{width}}{value:>10}" for name, value in rows)
+    return {"recovery": recovery_record(before, recovered)}

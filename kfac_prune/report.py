@@ -23,6 +23,7 @@ from kfac_prune.permute import Permuted
 from kfac_prune.plan import Plan
 from kfac_prune.quality import Quality
 from kfac_prune.reconstruction import Reconstructed
+from kfac_prune.recovery import Recovered
 from kfac_prune.refitting import Refitted
 from kfac_prune.shots import Correction
 from kfac_prune.structure.latency import Speed
@@ -207,6 +208,17 @@ def shrunk_record(
     }
 
 
+def recovery_record(before: Quality, recovered: Recovered) -> dict[str, Any]:
+    """The part of the record that tells of the recovery.
+
+    Args:
+        before: the pruned model's quality on the evaluation text without it.
+        recovered: what it did; its KLs are on held-out calibration windows.
+    """
+    loss = {} if before.loss is None else {"loss": before.loss, "perplexity": before.perplexity}
+    return {"before": {**loss, "kl": before.kl, **before.likeness}, "held_out": asdict(recovered)}
+
+
 def summary(record: dict[str, Any]) -> str:
     """The figures of a run as a small aligned table."""
     repaired = any(record.get(name) for name in ("refit", "corrections", "reconstruction"))
@@ -225,6 +237,11 @@ def summary(record: dict[str, Any]) -> str:
         (measure.format(f"predicted{before}"), "", f"{record['kl_predicted']:.4f}"),
         (measure.format("measured"), "", f"{record['kl_measured']:.4f}"),
     ]
+    if record["recovery"]:
+        earlier = record["recovery"]["before"]
+        rows.append((measure.format("before recovery"), "", f"{earlier['kl']:.4f}"))
+        if "loss" in earlier:
+            rows.append(("loss before recovery", "", f"{earlier['loss']:.4f}"))
     if record["structured"]:
         parameters = record["parameters"]
         rows.append(("parameters", f"{parameters['dense']:,}", f"{parameters['pruned']:,}"))
@@ -247,7 +264,8 @@ def model_card(recipe: Recipe, record: dict[str, Any]) -> str:
     """README.md of the pruned model, with the metadata block that model hubs read."""
     base = "" if Path(recipe.model).expanduser().is_dir() else f"base_model: {recipe.model}\n"
     shots = "one shot" if record.get("shots", 1) == 1 else f"{record['shots']} shots"
-    trained = "and block-wise reconstruction" if record["reconstruction"] else "without training"
+    kinds = {"reconstruction": "block-wise reconstruction", "recovery": "end-to-end distillation"}
+    trained = " ".join(f"and {kind}" for name, kind in kinds.items() if record[name]) or "without training"
     how = f"in {shots}, {trained}, by kfac-prune {record['versions']['kfac-prune']} (method `{record['method']}`"
     load, task = _loading(record, recipe)
     seen = next(name for name in ("tokens", "sequences") if f"evaluation_{name}" in record)

@@ -455,6 +455,7 @@ def test_options_reach_the_recipe(here):
         "shots": None,
         "reconstruct": 0,
         "reconstruct_unit": "block",
+        "recover_epochs": 0,
         "resume": False,
         "streams": "device",
         "method": "layerwise",

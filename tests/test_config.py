@@ -18,7 +18,7 @@ FIELDS = [f.name for f in dataclasses.fields(Recipe)]
 TEXTS = ("model", "data", "out", "text_field", "pattern", "method", "fisher", "device", "dtype")
 TEXTS += ("reconstruct_unit", "streams", "objective")
 OPTIONAL_TEXTS = ("eval_data", "separator", "allocation", "structured", "widths")
-COUNTS = ("samples", "eval_samples", "seqlen", "batch_size", "seed")
+COUNTS = ("samples", "eval_samples", "seqlen", "batch_size", "seed", "recover_epochs")
 LISTS = ("include", "ignore")
 SWITCHES = ("overwrite", "resume", "trust_remote_code")
 OPTIONAL_SWITCHES = ("refit", "permute")
@@ -402,6 +402,10 @@ def test_reconstruct_needs_windows_to_hold_out():
         recipe(reconstruct=1, samples=9)
     with pytest.raises(InputError, match=r"^reconstruct is -1; it must be at least 0$"):
         recipe(reconstruct=-1)
+    with pytest.raises(InputError, match=r"^recover_epochs holds a tenth of the windows out and needs at least 10"):
+        recipe(recover_epochs=1, samples=9)
+    with pytest.raises(InputError, match=r"^recover_epochs is -1; it must be at least 0$"):
+        recipe(recover_epochs=-1)
 
 
 @pytest.mark.parametrize(

@@ -31,11 +31,11 @@ LAYERS = (
     ("plan",),
     ("refitting", "shots"),
     ("reconstruction",),
-    ("structure",),
+    ("structure", "recovery"),
     ("permute",),
     ("report", "bench", "inspect_model", "inputs", "theory"),
     ("demo", "compare_report"),
-    ("pipeline", "compare"),
+    ("pipeline", "measurement", "compare"),
     ("cli",),
     ("__init__", "__main__"),
 )

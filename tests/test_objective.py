@@ -19,9 +19,10 @@ from kfac_prune.curvature import estimate
 from kfac_prune.curvature.estimate import estimate_factors, participants
 from kfac_prune.data import Document, Windows, choose_texts, sequence_windows
 from kfac_prune.errors import InputError
+from kfac_prune.measurement import measure
 from kfac_prune.models import Layer, load_config, prunable_layers
 from kfac_prune.objective import Classes, Embedding, Tokens, find_objective, neighbours_kept
-from kfac_prune.pipeline import measure, run
+from kfac_prune.pipeline import run
 from kfac_prune.probe import Probe
 from kfac_prune.problems import PlannedLayer
 from kfac_prune.quality import evaluate

@@ -522,6 +522,30 @@ def test_structured_run_repeats_to_the_byte(model, recipe, tmp_path):
     assert one["kl_calibration"] <= one["other_plans"][0]["kl_calibration"]
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"pattern": "2:4"}, {"structured": "ffn", "sparsity": 0.3, "shots": 1}],
+    ids=["sparse", "smaller"],
+)
+def test_recovery_is_told_apart_from_the_figure_before(fields, recipe):
+    lines = []
+    plain = run(recipe("llama", **fields))
+    record = run(recipe("llama", **fields, recover_epochs=2, overwrite=True), echo=lines.append)
+    assert plain["recovery"] is None
+    told = record["recovery"]
+    assert told["before"] == {**plain["pruned"], "kl": plain["kl_measured"]}
+    assert told["held_out"]["after"] < told["held_out"]["before"]
+    assert record["kl_measured"] != plain["kl_measured"]
+    card = (Path(recipe().out) / "README.md").read_text()
+    for text in (lines[-2], card):
+        assert f"{plain['kl_measured']:.4f}" in text
+        assert f"{plain['pruned']['loss']:.4f}" in text
+    assert "end-to-end distillation" in card
+    assert [name for name in record["stages"] if "recover" in name] == ["measure before recovery", "recover"]
+    if "pattern" in fields:
+        assert all(NM(2, 4).is_valid(layer.weight != 0) for layer in prunable_layers(load(Path(recipe().out))))
+
+
 @pytest.mark.parametrize("unit", ["block", "sublayer"])
 def test_reconstruction_of_a_sparse_model(unit, recipe):
     plain = run(recipe("llama", pattern="2:4", reconstruct=0))
