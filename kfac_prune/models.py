@@ -128,6 +128,21 @@ class WeightSwap:
             parameter.data = value
 
 
+@contextmanager
+def only_trained(module: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within the block autograd is on, and of a module's parameters just these require gradients."""
+    flags = [(p, p.requires_grad) for p in module.parameters()]
+    try:
+        module.requires_grad_(False)
+        for p in parameters:
+            p.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+
+
 def prunable_layers(model: PreTrainedModel, include: Sequence[str] = (), ignore: Sequence[str] = ()) -> list[Layer]:
     """Every linear layer of the model but its head, filtered by shell patterns on the names.
 

@@ -13,8 +13,8 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from kfac_prune.curvature.estimate import Factors
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
-from kfac_prune.models import Layer
+from kfac_prune.models import Layer, only_trained
 from kfac_prune.operators import Damping
 from kfac_prune.plan import Plan
 from kfac_prune.ranks import largest, summed
@@ -319,7 +319,7 @@ class _Problem:
         generator = torch.Generator().manual_seed(settings.seed)
         steps = settings.epochs * len(self._train)
         step, best, kept = 0, math.inf, [p.data for p in self.parameters]
-        with self._gradients():
+        with only_trained(self._stack.blocks[self._index], self.parameters):
             for _ in range(settings.epochs):
                 for batch in torch.randperm(len(self._train), generator=generator).tolist():
                     optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -366,22 +366,6 @@ class _Problem:
         if mask is not None:
             delta = delta[mask.reshape(-1)]
         return 0.5 * ((delta @ self._metric.float()) * delta).sum(), len(delta)
-
-    @contextmanager
-    def _gradients(self) -> Iterator[None]:
-        """Only the trained parameters require gradients."""
-        everything = list(self._stack.blocks[self._index].parameters())
-        flags = [p.requires_grad for p in everything]
-        try:
-            for p in everything:
-                p.requires_grad_(False)
-            for p in self.parameters:
-                p.requires_grad_(True)
-            with torch.enable_grad():
-                yield
-        finally:
-            for p, flag in zip(everything, flags, strict=True):
-                p.requires_grad_(flag)
 
 
 def _fingerprint(

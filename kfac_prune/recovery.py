@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from kfac_prune.data import WindowBatch, Windows
 from kfac_prune.errors import InputError
-from kfac_prune.models import Layer
+from kfac_prune.models import Layer, only_trained
 from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.ranks import summed
 from kfac_prune.reconstruction import HELD_OUT, step_windows
@@ -113,7 +113,7 @@ def recover(
     generator = torch.Generator().manual_seed(seed)
     per_epoch = len(train) // size  # the few windows over change with every epoch
     step, steps = 0, epochs * per_epoch
-    with tqdm(total=steps, desc="recover", unit="step", disable=quiet) as bar, problem.gradients():
+    with tqdm(total=steps, desc="recover", unit="step", disable=quiet) as bar, only_trained(model, problem.parameters):
         while epoch < epochs and epoch - best_epoch < PATIENCE and before > 0:
             order = torch.randperm(len(train), generator=generator)[: per_epoch * size].tolist()
             shared = TensorDataset(torch.arange(len(train)))
@@ -210,19 +210,3 @@ class _Distillation:
     def _compared(self, model: PreTrainedModel, batch: WindowBatch) -> Tensor:
         mask = None if batch.attention_mask is None else batch.attention_mask.to(model.device)
         return self._objective.compared(self._objective.output(model, batch.input_ids.to(model.device), mask), mask)
-
-    @contextmanager
-    def gradients(self) -> Iterator[None]:
-        """Only the trained parameters require gradients."""
-        everything = list(self._model.parameters())
-        flags = [p.requires_grad for p in everything]
-        try:
-            for p in everything:
-                p.requires_grad_(False)
-            for p in self.parameters:
-                p.requires_grad_(True)
-            with torch.enable_grad():
-                yield
-        finally:
-            for p, flag in zip(everything, flags, strict=True):
-                p.requires_grad_(flag)
