@@ -61,12 +61,12 @@ def run_theory(out: str, *, size: Size | None = None, echo: Callable[[str], None
     Raises:
         InputError: scikit-learn or matplotlib is missing, or the folder cannot be written.
     """
+    overwrite = (Path(out).expanduser() / "theory.json").is_file()
+    check_output(out, overwrite=overwrite)
     for module in ("sklearn", "matplotlib"):
         if find_spec(module) is None:
             name = "scikit-learn" if module == "sklearn" else module
             raise InputError(f'the theory page needs {name}, which is not installed; pip install "kfac-prune[theory]"')
-    overwrite = (Path(out).expanduser() / "theory.json").is_file()
-    check_output(out, overwrite=overwrite)
     begin = time.perf_counter()
     record = compute(size or Size(), echo)
     record["seconds"] = time.perf_counter() - begin
