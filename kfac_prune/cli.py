@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -21,10 +22,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 = done, 2 = the input cannot be used (one line on stderr says what and why), 130 = interrupted.
     """
     arguments = build_parser().parse_args(argv)
+    several = os.environ.get("WORLD_SIZE", "1") != "1"  # as torchrun and accelerate launch set it
+    who = f"kfac-prune (process {os.environ.get('RANK')})" if several else "kfac-prune"
     try:
+        if several and arguments.command != "prune":
+            raise InputError(f"{arguments.command} runs in one process; start it without a launcher")
         arguments.run(arguments)
     except InputError as error:
-        print(f"kfac-prune: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        print(f"{who}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"kfac-prune: interrupted; {arguments.interrupted}", file=sys.stderr)
@@ -48,6 +53,11 @@ def build_parser() -> argparse.ArgumentParser:
     for field in dataclasses.fields(Recipe):
         if field.name != "model":
             _add_option(prune, field)
+    prune.add_argument(
+        "--processes", type=int, metavar="N",
+        help="stop unless so many processes share the work, as torchrun or accelerate launch start them, each with the "
+        "whole model and a GPU of its own; default: as many as there are",
+    )  # fmt: skip
     prune.set_defaults(run=_prune)
 
     compare = commands.add_parser(
@@ -188,8 +198,10 @@ def _echo(text: str) -> None:
 def _prune(arguments: argparse.Namespace) -> None:
     fields = read_recipe(arguments.recipe) if arguments.recipe else {}
     recipe = Recipe(**{**fields, **_given(arguments)})
+    from kfac_prune import ranks
     from kfac_prune.pipeline import run
 
+    ranks.join(recipe.device, arguments.processes)
     run(recipe, echo=_echo, quiet=_quiet())
 
 

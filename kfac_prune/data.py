@@ -97,6 +97,10 @@ class Windows:
         cuts = (slice(start, start + batch_size) for start in range(0, len(self), batch_size))
         return (WindowBatch(index[rows], *self._trimmed(rows)) for rows in cuts)
 
+    def every(self, step: int, first: int, stop: int | None = None) -> "Windows":
+        """Each `step`-th window from number `first` on, before number `stop`."""
+        return Windows(*self._rows(slice(first, stop, step)))
+
     def split(self, count: int) -> "tuple[Windows, Windows]":
         """The first N - count windows and the last `count`."""
         if not 1 <= count < len(self):

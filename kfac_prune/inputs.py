@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kfac_prune import ranks
 from kfac_prune.config import Recipe
 from kfac_prune.curvature.estimate import participants
 from kfac_prune.data import (
@@ -75,13 +76,14 @@ def load_inputs(recipe: Recipe, objective: Objective, echo: Callable[[str], None
 
 
 def resolve_device(name: str) -> str:
-    """Turn "auto" into a device that exists, and check any other.
+    """Turn "auto" into a device that exists, and check any other; of several processes each gets its own GPU.
 
     Raises:
         InputError: torch does not know the device or cannot use it.
     """
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = ranks.device_of_process(name)
     try:
         torch.empty(1, device=name)
     except Exception as error:  # torch raises RuntimeError, AssertionError or AcceleratorError by kind of device

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kfac_prune import ranks
 from kfac_prune.curvature.estimate import Factors, Method
 from kfac_prune.data import Windows
 from kfac_prune.models import Layer
@@ -192,7 +193,7 @@ def permute_model(
             total = float(table.sum(dtype=torch.float64))
             if total == 0:
                 continue  # nothing to keep
-            permutation = find_permutation([table], pattern, seed=seed)
+            permutation = ranks.sent(find_permutation([table], pattern, seed=seed))
             before, after = (kept_score(t, pattern) / total for t in (table, table[:, permutation.to(table.device)]))
             _apply(space, permutation, factors)
             made.append((space, Permuted(kind, space.name, permutation, before, after, total)))

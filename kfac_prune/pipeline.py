@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kfac_prune import ranks
 from kfac_prune.config import BASELINES, Recipe, parse_pattern
 from kfac_prune.curvature.estimate import estimate_factors, participants
 from kfac_prune.data import Windows
@@ -87,6 +88,9 @@ class Outcome:
 def run(recipe: Recipe, *, echo: Callable[[str], None] = logger.info, quiet: bool = True) -> dict[str, Any]:
     """Prune a model as the recipe says and write the result to ``recipe.out``.
 
+    Several processes (``ranks.join``, or ``torch.distributed`` set up by the caller) share the work; the first of them
+    writes and speaks, and all return the same.
+
     Args:
         recipe: what to do.
         echo: receives the lines meant for a person (stages, plan, figures).
@@ -99,11 +103,23 @@ def run(recipe: Recipe, *, echo: Callable[[str], None] = logger.info, quiet: boo
         InputError: something about the input is wrong; nothing has been written.
     """
     recipe = replace(recipe.resolved(), device=resolve_device(recipe.device))
+    if not ranks.leads():
+        echo, quiet = _silent, True
     job = _load(recipe, echo, quiet)
-    if not recipe.resume:
+    if not recipe.resume and ranks.leads():
         clear_work(recipe.out)
-    recipe = job.recipe
     outcome = _shrink(job) if recipe.structured else _mask(job)
+    record = _written(job, outcome) if ranks.leads() else {}
+    return ranks.told(record)
+
+
+def _silent(text: str) -> None:
+    """What the processes say that do not lead."""
+
+
+def _written(job: Job, outcome: Outcome) -> dict[str, Any]:
+    """Write the result, whole or not at all; returns the content of kfac_prune.json."""
+    recipe, echo = job.recipe, job.echo
     with new_folder(recipe.out, overwrite=recipe.overwrite) as folder:
         with job.stages("save"):
             save_model(outcome.model, job.tokenizer, folder)
@@ -144,6 +160,10 @@ def _load(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
         model, layers, calibration = loaded.model, loaded.layers, loaded.calibration
         check_output(recipe.out, overwrite=recipe.overwrite, need_bytes=int(1.1 * model.get_memory_footprint()))
     echo(coverage(model, layers))
+    if len(calibration) < ranks.count():
+        raise InputError(
+            f"{ranks.count()} processes share {len(calibration)} calibration windows; add --samples, or start fewer"
+        )
     if recipe.refit and not has_writers(model, calibration):
         echo(f"no refit: the blocks of {type(model).__name__} normalise what they add to the residual stream")
         recipe = replace(recipe, refit=False)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from kfac_prune import ranks
 from kfac_prune.allocate import LossCurve, allocate, least_subset
 from kfac_prune.baselines import llm_surgeon, owl
 from kfac_prune.config import ALLOCATIONS
@@ -20,7 +21,7 @@ from kfac_prune.models import Layer, WeightSwap
 from kfac_prune.obs import FAST, NM, Unstructured, saliency, solve
 from kfac_prune.operators import Damping
 from kfac_prune.probe import Probe
-from kfac_prune.problems import PlannedLayer, Problems, PruningMethod
+from kfac_prune.problems import PlannedLayer, Problems, PruningMethod, effort
 
 #: Sparsities at which a layer's loss curve is computed.
 CURVE_POINTS = (0.3, 0.5, 0.7, 0.9)
@@ -129,8 +130,7 @@ def make_plan(
             if curves is None:
                 curves = loss_curves(layers, factors, damping=problems.damping, quiet=quiet)
             sparsities, factor = _by_curves(layers, problems, sparsity, curves, probe, quiet)
-        bar = tqdm(layers, desc="solve", unit="layer", disable=quiet)
-        planned = [problems.solve(layer, pattern or Unstructured(sparsities[layer.name])) for layer in bar]
+        planned = problems.solve_all(layers, pattern, sparsities, label="solve", quiet=quiet)
     if probe is not None and not factor:
         factor = probe.factors(layers, planned, together=target is None, quiet=quiet)
     planned = [replace(made, predicted=made.predicted * factor.get(made.name, 1.0)) for made in planned]
@@ -148,14 +148,17 @@ def loss_curves(
 ) -> dict[str, LossCurve]:
     """The predicted loss of every layer against its sparsity, under G ⊗ A, by the fast variant of the real solver.
 
-    They serve plans at any sparsity. Arguments as ``make_plan``.
+    They serve plans at any sparsity. Several processes share the layers out. Arguments as ``make_plan``.
     """
-    problems, curves = Problems(factors, "kfac", damping or Damping()), {}
-    for layer in tqdm(layers, desc="loss curves", unit="layer", disable=quiet):
+    problems, found = Problems(factors, "kfac", damping or Damping()), {}
+    owner = ranks.owners([effort(layer) for layer in layers])
+    mine = [layer for layer, process in zip(layers, owner, strict=True) if process == ranks.index()]
+    for layer in tqdm(mine, desc="loss curves", unit="layer", disable=quiet):
         weight, operator, _ = problems(layer)
         points = {s: solve(weight, operator, Unstructured(s), FAST).loss for s in CURVE_POINTS}
-        curves[layer.name] = LossCurve(points, weight.numel())
-    return curves
+        found[layer.name] = LossCurve(points, weight.numel())
+    everything = {name: curve for part in ranks.gathered(found) for name, curve in part.items()}
+    return {layer.name: everything[layer.name] for layer in layers}
 
 
 def _by_curves(
@@ -173,8 +176,7 @@ def _by_curves(
     """
     first = allocate(curves, sparsity)
     chosen = [layer for layer in layers if first[layer.name] > 0]
-    bar = tqdm(chosen, desc="refine curves", unit="layer", disable=quiet)
-    planned = [problems.solve(layer, Unstructured(first[layer.name])) for layer in bar]
+    planned = problems.solve_all(chosen, None, first, label="refine curves", quiet=quiet)
     factor = dict.fromkeys(first, 1.0) if probe is None else probe.factors(chosen, planned, quiet=quiet)
     corrected = dict(curves)
     for made in planned:

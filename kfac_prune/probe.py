@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from kfac_prune import ranks
 from kfac_prune.data import Windows
 from kfac_prune.models import Layer, WeightSwap, prunable_layers
 from kfac_prune.objective import CAUSAL, Objective
@@ -79,6 +80,7 @@ class Probe:
                         objective=self.objective,
                         dense=partial(self._dense, swap, index),
                         batch_size=len(batch),
+                        alone=True,
                     )
                 assert quality.kl is not None
                 total += quality.kl * quality.tokens
@@ -102,12 +104,13 @@ class Probe:
         for i, layer in enumerate(layers):
             groups.setdefault(self._block(layer) if together else layer.name, []).append(i)
         found: dict[str, float] = {}
-        for members in tqdm(groups.values(), desc="probe", unit="block" if together else "layer", disable=quiet):
+        own = ranks.share(list(groups.values()))
+        for members in tqdm(own, desc="probe", unit="block" if together else "layer", disable=quiet):
             some, made = [layers[i] for i in members], [planned[i] for i in members]
             predicted = sum(one.predicted for one in made)
             factor = max(self(some, made) / predicted, MIN_FACTOR) if predicted > 0 else 1.0
             found |= dict.fromkeys((layer.name for layer in some), factor)
-        return found
+        return {name: factor for part in ranks.gathered(found) for name, factor in part.items()}
 
     def _block(self, layer: Layer) -> int:
         """That a layer is in; −1 outside all blocks, where its effect may begin anywhere."""

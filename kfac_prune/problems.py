@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from kfac_prune import ranks
 from kfac_prune.baselines import alps, sparsegpt, wanda
 from kfac_prune.curvature.estimate import Factors, Method
 from kfac_prune.models import Layer
-from kfac_prune.obs import NM, Pattern, solve
+from kfac_prune.obs import NM, Pattern, Unstructured, solve
 from kfac_prune.operators import Curvature, Damping, DampingRecord, quadratic_loss
 
 #: How a layer can be pruned: by one of the curvatures, or by a method of the field.
@@ -98,6 +101,23 @@ class Problems:
         groups_fit = not isinstance(pattern, NM) or layer.shape[1] % pattern.m == 0
         return replace(planned, kkt=kkt, damping=tuple(records), groups_fit=groups_fit)
 
+    def solve_all(
+        self,
+        layers: Sequence[Layer],
+        pattern: Pattern | None,
+        sparsities: Mapping[str, float],
+        *,
+        label: str,
+        quiet: bool = True,
+    ) -> list[PlannedLayer]:
+        """Prune all layers, each by ``solve``: to the pattern, or without one to its sparsity. See ``solved``."""
+
+        def one(number: int) -> PlannedLayer:
+            layer = layers[number]
+            return self.solve(layer, pattern or Unstructured(sparsities[layer.name]))
+
+        return solved(layers, one, label=label, quiet=quiet)
+
     def priced(
         self, layer: Layer, x: Tensor, mask: Tensor, shift: Tensor, fisher: Curvature | None = None
     ) -> PlannedLayer:
@@ -127,3 +147,48 @@ class Problems:
             kkt=None,
             damping=(),
         )
+
+
+def solved(
+    layers: Sequence[Layer], solve: Callable[[int], PlannedLayer], *, label: str, quiet: bool = True
+) -> list[PlannedLayer]:
+    """Every layer solved; several processes share the layers out, and each has the results of all.
+
+    Args:
+        layers: to solve.
+        solve: gives the result for the layer with a number.
+        label: of the progress bar.
+        quiet: show no progress bar.
+    """
+    owner = ranks.owners([effort(layer) for layer in layers])
+    mine = [number for number, process in enumerate(owner) if process == ranks.index()]
+    made = {number: solve(number) for number in tqdm(mine, desc=label, unit="layer", disable=quiet)}
+    return [agreed(made.get(number), layer, owner[number]) for number, layer in enumerate(layers)]
+
+
+def effort(layer: Layer) -> float:
+    """Of solving a layer, in multiplications up to a constant: factorisations and products with the factors."""
+    rows, columns = layer.shape
+    return float(rows**3 + columns**3 + rows * columns * (rows + columns))
+
+
+def agreed(made: PlannedLayer | None, layer: Layer, source: int = 0) -> PlannedLayer:
+    """What one process has made of a layer, in all of them.
+
+    Args:
+        made: by this process; only that of the source counts.
+        layer: that it is made of.
+        source: number of the process.
+    """
+    if ranks.count() == 1:
+        assert made is not None
+        return made
+    if ranks.index() != source:  # others may have made theirs, or not
+        weight = layer.weight
+        mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+        made = PlannedLayer(layer.name, torch.empty_like(weight), layer.bias, mask, 0.0, None, ())
+    assert made is not None
+    predicted, kkt, damping, fit = ranks.told((made.predicted, made.kkt, made.damping, made.groups_fit), source)
+    bias = None if made.bias is None else ranks.sent(made.bias.clone(), source)
+    weight, mask = ranks.sent(made.weight, source), ranks.sent(made.mask, source)
+    return PlannedLayer(layer.name, weight, bias, mask, predicted, kkt, damping, fit)

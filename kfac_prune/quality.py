@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from kfac_prune import ranks
 from kfac_prune.data import WindowBatch, Windows
 from kfac_prune.errors import InputError
 from kfac_prune.objective import CAUSAL, Objective, Tokens
@@ -50,6 +51,7 @@ def evaluate(
     batch_size: int = 8,
     quiet: bool = True,
     label: str = "evaluate",
+    alone: bool = False,
 ) -> Quality:
     """KL to the dense model over all units, and the loss over the T − 1 predicted positions of a causal model.
 
@@ -62,6 +64,7 @@ def evaluate(
         batch_size: windows per pass.
         quiet: show no progress bar.
         label: of the progress bar.
+        alone: several processes do not share out the windows; this one measures on all of them.
 
     Raises:
         InputError: no position counts.
@@ -70,8 +73,12 @@ def evaluate(
     nll = kl = 0.0
     units = 0
     kept: list[tuple[Tensor, Tensor]] = []  # of objectives whose figures need all sequences together
-    with torch.inference_mode(), tqdm(total=len(windows), desc=label, unit="seq", disable=quiet) as bar:
-        for batch in windows.batches(batch_size):
+    batches = list(windows.batches(batch_size))
+    if not alone:
+        batches = ranks.share(batches)
+    seen = sum(len(batch.input_ids) for batch in batches)
+    with torch.inference_mode(), tqdm(total=seen, desc=label, unit="seq", disable=quiet) as bar:
+        for batch in batches:
             q = _compared(model, batch, objective)
             units += len(q)
             if causal:
@@ -85,8 +92,12 @@ def evaluate(
                         p = _compared(model, batch, objective)
                 kl += float(objective.divergence(p, q).double().sum())
                 if objective.unit == "sequence":
-                    kept.append((p, q))
+                    kept.append((p.cpu(), q.cpu()))
             bar.update(len(batch.input_ids))
+    if not alone:
+        parts = ranks.gathered((nll, kl, units, kept))
+        nll, kl, units = (sum(column) for column in zip(*(part[:3] for part in parts), strict=True))
+        kept = [pair for part in parts for pair in part[3]]
     if units == 0:
         raise InputError("the windows hold no position to predict: each needs two neighbouring unmasked tokens")
     likeness = objective.likeness(*(torch.cat(side) for side in zip(*kept, strict=True))) if kept else {}

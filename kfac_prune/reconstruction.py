@@ -17,27 +17,25 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from kfac_prune import ranks
 from kfac_prune.curvature.estimate import Factors
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
-from kfac_prune.models import Layer, only_trained
+from kfac_prune.models import only_trained
 from kfac_prune.operators import Damping
 from kfac_prune.plan import Plan
-from kfac_prune.ranks import largest, summed
-from kfac_prune.refitting import dense_pass
 from kfac_prune.store import Journal, content_hash
-from kfac_prune.stream import BlockStack, Shelf, Writer, find_writers, observed
+from kfac_prune.stream import BlockStack, Shelf, observed
+from kfac_prune.sublayers import Part, Unit, sublayers
 
 logger = logging.getLogger("kfac_prune")
 
-Unit = Literal["block", "sublayer"]
 #: Tokens per step, in whole windows. Of 2048, 1024 and 512 the smallest was best for the same number of epochs.
 STEP_TOKENS = 512
 #: One batch in so many is held out: no step is taken on it, and it decides which state is kept.
@@ -88,6 +86,29 @@ def step_windows(windows: Windows) -> int:
     return max(min(STEP_TOKENS // windows.input_ids.shape[1], len(windows) // HELD_OUT), 1)
 
 
+def own_steps(windows: Windows) -> tuple[Windows, int]:
+    """What this process trains on: its windows, and how many of them it takes per step.
+
+    Alone it takes all. Several processes take a step together, on ``step_windows`` windows or at least one each; what
+    is left over when the steps are whole takes no part.
+
+    Raises:
+        InputError: the windows are too few for so many processes.
+    """
+    size, processes = step_windows(windows), ranks.count()
+    if processes == 1:
+        return windows, size
+    each = -(-size // processes)
+    steps = len(windows) // (each * processes)
+    if steps < 2:
+        raise InputError(
+            f"reconstruction holds a tenth of the calibration windows out, and {processes} processes take "
+            f"{each * processes} of the {len(windows)} per step; add --samples, start fewer processes, or use "
+            "--reconstruct 0"
+        )
+    return windows.every(processes, ranks.index(), steps * each * processes), each
+
+
 def metrics(factors: Factors, damping: Damping, unit: Unit) -> dict[str, Tensor]:
     """The metric G [d, d], damped, after every block by its name; for sub-layers also where a layer may end one."""
     found = dict(factors.streams)
@@ -133,7 +154,7 @@ def reconstruct_sparse(
         quiet: show no progress bar.
     """
     with dense():
-        stack = BlockStack(model, windows, step_windows(windows), shelf)
+        stack = BlockStack(model, *own_steps(windows), shelf)
     masks = {layer.name: layer.mask for layer in plan.layers}
     metric = metrics(factors, damping or Damping(), settings.unit)
     return reconstruct(stack, stack, metric, settings, trained=masks, masks=masks, dense=dense, quiet=quiet)
@@ -177,33 +198,25 @@ def reconstruct(
             "reconstruction holds a tenth of the calibration windows out and there is one batch; add --samples, or use "
             "--reconstruct 0"
         )
-    most, least = largest(batches, stack.device), -largest(-batches, stack.device)
+    most, least = ranks.largest(batches, stack.device), -ranks.largest(-batches, stack.device)
     if most != least:
         raise InputError(f"{least} batches in one process and {most} in another; share the windows out evenly")
     masks = masks or {}
     journal = None
-    if settings.folder is not None:
+    if settings.folder is not None and ranks.leads():
         journal = Journal(settings.folder, "reconstruction", _fingerprint(stack, settings, masks, dense))
     dense_stream, stream = list(dense_stack.entries), list(dense_stack.entries)
     records: list[Reconstructed] = []
     with tqdm(total=len(stack.names), desc="reconstruct", unit="block", disable=quiet) as bar:
         for index in range(len(stack.names)):
             with dense():
-                parts, dense_stream = _parts(dense_stack, stack, index, dense_stream, metric, settings.unit)
+                parts, dense_stream = sublayers(dense_stack, stack, index, dense_stream, metric, settings.unit)
             for part in parts:
                 part = replace(part, trained=[layer for layer in part.trained if layer.name in trained])
                 if not part.trained:
                     continue
                 problem = _Problem(stack, index, part, stream, masks)
-                entry = f"{len(records):04} {part.name}"
-                finished = None if journal is None else journal.read(entry)
-                if finished is None:
-                    record = problem.solve(settings)
-                    if journal is not None:
-                        journal.write(entry, problem.state(), asdict(record))
-                else:
-                    problem.restore(finished[0])
-                    record = Reconstructed(**finished[1])
+                record = _journaled(problem, settings, journal, f"{len(records):04} {part.name}")
                 records.append(record)
                 bar.set_postfix_str(f"{record.name} {record.before:.2e} -> {record.after:.2e}")
             with torch.no_grad():
@@ -212,47 +225,19 @@ def reconstruct(
     return records
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One block or sub-layer: what is trained, the dense stream after it per batch, and the metric there.
-
-    ``writers`` are all of the block up to the end of the sub-layer, or None where it ends with the block.
-    """
-
-    name: str
-    trained: list[Layer]
-    goals: Sequence[Tensor]
-    metric: Tensor
-    writers: list[Writer] | None
-
-
-def _parts(
-    dense_stack: BlockStack,
-    stack: BlockStack,
-    index: int,
-    streams: Sequence[Tensor],
-    metric: Mapping[str, Tensor],
-    unit: Unit,
-) -> tuple[list[_Part], list[Tensor]]:
-    """A block, or its sub-layers: each ends with a writer and holds the layers that run since the one before.
-
-    Also returns the dense stream after the block.
-    """
-    block, inside = stack.names[index], dense_stack.inside(index)
-    writers = find_writers(dense_stack, index, streams[0], inside) if unit == "sublayer" else []
-    if unit == "sublayer" and inside and not writers:
-        logger.warning("reconstruct: no sum of the layers of %s gives what it adds; it is trained as one", block)
-    ends = [i for i, writer in enumerate(writers[:-1]) if writer.layer.name in metric]
-    order, goals, after = dense_pass(dense_stack, index, inside, writers[: ends[-1] + 1] if ends else [], streams)
-    parts, start = [], 0
-    for end in ends:
-        name = writers[end].layer.name
-        stop = order.index(name) + 1
-        before = [replace(w, layer=stack.layers[w.layer.name]) for w in writers[: end + 1]]
-        parts.append(_Part(name, [stack.layers[n] for n in order[start:stop]], goals[end], metric[name], before))
-        start = stop
-    last = _Part(block, [stack.layers[n] for n in order[start:]], after, metric[block], None)
-    return [*parts, last], after
+def _journaled(problem: _Problem, settings: Reconstruction, journal: Journal | None, entry: str) -> Reconstructed:
+    """Solve a problem, or take over what the journal has of it; the process that leads keeps one."""
+    finished = None if journal is None else journal.read(entry)
+    kept = ranks.told(None if finished is None else finished[1])
+    if kept is not None:
+        if finished is not None:
+            problem.restore(finished[0])
+        problem.assign([ranks.sent(p.data) for p in problem.parameters])
+        return Reconstructed(**kept)
+    record = problem.solve(settings)
+    if journal is not None:
+        journal.write(entry, problem.state(), asdict(record))
+    return record
 
 
 class _Problem:
@@ -263,7 +248,7 @@ class _Problem:
     """
 
     def __init__(
-        self, stack: BlockStack, index: int, part: _Part, stream: Sequence[Tensor], masks: Mapping[str, Tensor]
+        self, stack: BlockStack, index: int, part: Part, stream: Sequence[Tensor], masks: Mapping[str, Tensor]
     ) -> None:
         self.part, self._stack, self._index, self._stream = part, stack, index, stream
         first = len(stream) - max(len(stream) // HELD_OUT, 1)
@@ -338,8 +323,8 @@ class _Problem:
         """Leave the gradient of one step's objective, zero off the masks, with the float32 copies."""
         total, tokens = self._loss(batch)
         gradients = torch.autograd.grad(total, self.parameters)
-        (everywhere,) = summed(total.new_tensor(tokens))
-        for master, gradient, mask in zip(masters, summed(*gradients), self._masks, strict=True):
+        (everywhere,) = ranks.summed(total.new_tensor(tokens))
+        for master, gradient, mask in zip(masters, ranks.summed(*gradients), self._masks, strict=True):
             gradient = gradient.float() / everywhere
             master.grad = gradient if mask is None else gradient * mask
 
@@ -348,7 +333,7 @@ class _Problem:
         with torch.no_grad():
             sums = [(float(total), tokens) for total, tokens in map(self._loss, self._held)]
         both = torch.tensor(sums, dtype=torch.float64, device=self._metric.device).sum(0)
-        total, tokens = summed(both)[0].tolist()
+        total, tokens = ranks.summed(both)[0].tolist()
         return float(total / tokens)
 
     def _loss(self, batch: int) -> tuple[Tensor, int]:

@@ -21,11 +21,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from kfac_prune import ranks
 from kfac_prune.data import WindowBatch, Windows
 from kfac_prune.errors import InputError
 from kfac_prune.models import Layer, only_trained
 from kfac_prune.objective import CAUSAL, Objective
-from kfac_prune.ranks import summed
 from kfac_prune.reconstruction import HELD_OUT, step_windows
 
 logger = logging.getLogger("kfac_prune")
@@ -91,16 +91,16 @@ def recover(
     accelerator = Accelerator(
         cpu=model.device.type == "cpu", device_placement=False, mixed_precision="no", dataloader_config=sharing
     )
-    ranks = accelerator.num_processes
-    if len(windows) < max(2, ranks + 1):
+    processes = accelerator.num_processes
+    if len(windows) < max(2, processes + 1):
         raise InputError(
-            f"recovery holds a tenth of the calibration windows out and there are {len(windows)} for {ranks} "
+            f"recovery holds a tenth of the calibration windows out and there are {len(windows)} for {processes} "
             "processes; add --samples, or use --recover-epochs 0"
         )
     train, held = windows.split(max(len(windows) // HELD_OUT, 1))
-    size = min(-(-step_windows(windows) // ranks), len(train) // ranks) * ranks
+    size = min(-(-step_windows(windows) // processes), len(train) // processes) * processes
     problem = _Distillation(model, dense, layers, masks or {}, objective)
-    mine = list(held.batches(max(size // ranks, 1)))[accelerator.process_index :: ranks]
+    mine = list(held.batches(max(size // processes, 1)))[accelerator.process_index :: processes]
     before = best = problem.kl(mine)
     if not math.isfinite(before):
         raise InputError(
@@ -182,7 +182,7 @@ class _Distillation:
         with torch.no_grad():
             sums = [(float(total), units) for total, units in map(self._divergence, batches)]
         both = torch.tensor([(0.0, 0), *sums], dtype=torch.float64, device=self._model.device).sum(0)
-        total, units = summed(both)[0].tolist()
+        total, units = ranks.summed(both)[0].tolist()
         return float(total / units) if units else math.nan
 
     def gradient(self, batch: WindowBatch, masters: Sequence[Tensor]) -> float:
@@ -190,8 +190,8 @@ class _Distillation:
         total, units = self._divergence(batch)
         # an expert that no token of the batch reaches has no gradient
         found = torch.autograd.grad(total, self.parameters, allow_unused=True, materialize_grads=True)
-        kl, everywhere = summed(torch.stack([total.detach(), total.new_tensor(units)]))[0].unbind()
-        for master, gradient, mask in zip(masters, summed(*found), self._masks, strict=True):
+        kl, everywhere = ranks.summed(torch.stack([total.detach(), total.new_tensor(units)]))[0].unbind()
+        for master, gradient, mask in zip(masters, ranks.summed(*found), self._masks, strict=True):
             gradient = gradient.float() / everywhere.clamp_min(1)
             master.grad = gradient if mask is None else gradient * mask
         return float(kl / everywhere.clamp_min(1))

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from kfac_prune import ranks
 from kfac_prune.curvature.estimate import Factors
 from kfac_prune.data import Windows
 from kfac_prune.linalg import inverse_from_cholesky, shifted
@@ -26,7 +27,7 @@ from kfac_prune.models import Layer
 from kfac_prune.obs import Pattern, Unstructured, compensate, select
 from kfac_prune.operators import Damping, Kronecker
 from kfac_prune.plan import Plan
-from kfac_prune.problems import PlannedLayer
+from kfac_prune.problems import PlannedLayer, agreed
 from kfac_prune.stream import BlockStack, Writer, find_writers, observed
 
 logger = logging.getLogger("kfac_prune")
@@ -87,6 +88,13 @@ class Moments:
         self.t += t.sum(0)
         self.tokens += h.shape[0]
 
+    def add_up(self) -> Moments:
+        """With what all processes have seen; each has the sums then."""
+        tokens = torch.tensor(self.tokens, device=self.hh.device)
+        ranks.summed(self.hh, self.th, self.tt, self.h, self.t, tokens)
+        self.tokens = int(tokens)
+        return self
+
     def means(self, *, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
         """E[h hᵀ], E[t hᵀ], E[t tᵀ], about the means where a bias takes those up."""
         hh, th, tt = (m / self.tokens for m in (self.hh, self.th, self.tt))
@@ -111,6 +119,8 @@ def refit(
 ) -> tuple[Plan, list[Refitted]]:
     """Refit the writers of every block in order, in place; one pass through the model.
 
+    Several processes share out the windows; all end with the same weights.
+
     Args:
         model: pruned by the plan.
         layers: its prunable layers.
@@ -129,12 +139,13 @@ def refit(
     """
     damping = damping or Damping()
     with dense():
-        stack = BlockStack(model, windows, batch_size)
+        stack = BlockStack(model, windows.every(ranks.count(), ranks.index()), batch_size)
     planned = {layer.name: layer for layer in plan.layers}
     records: list[Refitted] = []
     for layer, moments in refit_moments(stack, stack, set(planned), dense=dense, quiet=quiet):
         g, _ = damping(factors.layers[layer.name].g, name="G", where=layer.name)
-        planned[layer.name], record = _solve(planned[layer.name], layer, moments, g, pattern)
+        solved, record = _solve(planned[layer.name], layer, moments, g, pattern)
+        planned[layer.name] = agreed(solved, layer)
         layer.assign(planned[layer.name].weight, planned[layer.name].bias)
         records.append(record)
     return replace(plan, layers=tuple(planned[layer.name] for layer in plan.layers)), records
@@ -224,7 +235,7 @@ def _moments(
             for w in earlier:
                 target -= w.factor * seen[w.layer.name][1].reshape(target.shape)
             moments.add(*_counted(stack.masks[batch], seen[layer.name][0], target / writer.factor))
-    return moments
+    return moments.add_up()
 
 
 def _reader_moments(
@@ -244,7 +255,7 @@ def _reader_moments(
             stack.run(index, batch, stream, until=layer)
             output = wanted[name][1][..., rows.to(layer.weight.device)]
             moments.add(*_counted(stack.masks[batch], seen[name][0], output))
-    return moments
+    return moments.add_up()
 
 
 def _counted(mask: Tensor | None, *tensors: Tensor) -> list[Tensor]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from kfac_prune import ranks
 from kfac_prune.config import Recipe
 from kfac_prune.data import Windows
 from kfac_prune.memory import peak_memory_bytes
@@ -124,6 +125,7 @@ def result_record(
         "stages": stages.records,
         "versions": versions(),
         "device": recipe.device,
+        "processes": ranks.count(),
     }
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from kfac_prune import ranks
 from kfac_prune.config import Recipe
 from kfac_prune.curvature.estimate import LayerFactors, estimate_factors
 from kfac_prune.data import Windows
@@ -31,7 +32,7 @@ from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.obs import Pattern, Unstructured, newton_point, solve
 from kfac_prune.operators import Damping, Kronecker
 from kfac_prune.plan import Plan
-from kfac_prune.problems import PlannedLayer
+from kfac_prune.problems import PlannedLayer, solved
 from kfac_prune.quality import evaluate
 
 #: Where the recipe leaves them open: shots of a plan that is predicted to lose more than so many nats per unit of the
@@ -167,7 +168,7 @@ def kl_gradient(
     sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
     units = 0
     with _differentiable(model, parameters):
-        for batch in windows.batches(batch_size):
+        for batch in ranks.share(list(windows.batches(batch_size))):
             ids = batch.input_ids.to(model.device)
             mask = None if batch.attention_mask is None else batch.attention_mask.to(model.device)
             with torch.no_grad(), dense():
@@ -178,7 +179,8 @@ def kl_gradient(
             for total, gradient in zip(sums, torch.autograd.grad(divergence, parameters), strict=True):
                 total += gradient
             units += len(q)
-    means = iter([total / max(units, 1) for total in sums])
+    everywhere = sum(ranks.gathered(units))
+    means = iter([total / max(everywhere, 1) for total in ranks.summed(*sums)])
     return [
         Gradient(layer.stored(next(means)), next(means) if len(layer.parameters()) > 1 else None) for layer in layers
     ]
@@ -242,7 +244,7 @@ def _searched(
     layers = [problem.layer for problem in problems]
     least, best, kept = kl(), 0.0, present
     for fraction in STEPS:
-        moved = [problem.solve(fraction, made, pattern) for problem, made in zip(problems, present, strict=True)]
+        moved = solved(layers, lambda i: problems[i].solve(fraction, present[i], pattern), label="solve")  # noqa: B023
         _assign(layers, moved)
         found = kl()
         if found < least:

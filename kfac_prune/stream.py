@@ -7,7 +7,7 @@ recorded once per batch, so masks, padding and position embeddings are exactly t
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kfac_prune import ranks
 from kfac_prune.data import Windows
 from kfac_prune.models import Layer, find_blocks, prunable_layers
 
@@ -217,13 +218,19 @@ def find_writers(stack: BlockStack, block: int, stream: Tensor, layers: Sequence
     candidates = {layer.name: layer for layer in layers if layer.shape[0] == width}
     with torch.no_grad(), observed(list(candidates.values())) as seen:
         added = (stack.run(block, 0, stream).cpu() - stream).double().reshape(-1)
-    names = list(seen)
+    found = ranks.told(_summands({name: output for name, (_, output) in seen.items()}, added, stream.dtype))
+    return [Writer(candidates[name], factor) for name, factor in found]
+
+
+def _summands(outputs: Mapping[str, Tensor], added: Tensor, dtype: torch.dtype) -> list[tuple[str, float]]:
+    """Which outputs, times what, add up to what was added in this precision; empty where none do."""
+    names = list(outputs)
     if not names:
         return []
-    outputs = torch.stack([seen[name][1].cpu().double().reshape(-1) for name in names], dim=1)
-    tolerance = 1e-3 if stream.dtype == torch.float32 else 3e-2
-    factors = torch.linalg.lstsq(outputs, added[:, None]).solution[:, 0]
-    misfit = float((outputs @ factors - added).norm() / added.norm())
+    columns = torch.stack([outputs[name].cpu().double().reshape(-1) for name in names], dim=1)
+    tolerance = 1e-3 if dtype == torch.float32 else 3e-2
+    factors = torch.linalg.lstsq(columns, added[:, None]).solution[:, 0]
+    misfit = float((columns @ factors - added).norm() / added.norm())
     if misfit > tolerance:
         return []
-    return [Writer(candidates[n], float(f)) for n, f in zip(names, factors, strict=True) if abs(f) > 10 * tolerance]
+    return [(name, float(f)) for name, f in zip(names, factors, strict=True) if abs(f) > 10 * tolerance]

@@ -16,8 +16,8 @@ MAX_LINES = 400
 #: From the bottom up. A name is a module of the package, one of its sub-packages, or the Triton kernels. What stands
 #: in one row does not know its neighbours.
 LAYERS = (
-    ("errors", "ranks", "memory", "figures", "reference"),
-    ("kernels",),
+    ("errors", "memory", "figures", "reference"),
+    ("kernels", "ranks"),
     ("backend",),
     ("config", "linalg", "data", "store", "pruned_model"),
     ("models", "fisher", "protocol"),
@@ -30,6 +30,7 @@ LAYERS = (
     ("probe",),
     ("plan",),
     ("refitting", "shots"),
+    ("sublayers",),
     ("reconstruction",),
     ("structure", "recovery"),
     ("permute",),

@@ -132,33 +132,25 @@ def test_what_cannot_be_recovered_is_refused(make_model, make_windows):
         job.run(make_windows(count=20))
 
 
-def one_of_two(rank, folder):
-    """The same model and windows in each of two processes, as ``accelerate launch`` starts them."""
-    torch.set_num_threads(1)
+def of_two():
+    """The same model and windows in each of two processes, as a launcher starts them (run by test_ranks.py)."""
     patch = pytest.MonkeyPatch()
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    for name, value in {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}.items():
-        patch.setenv(name, str(value))
-    store = torch.distributed.FileStore(f"{folder}/store", 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     job = Job(build("llama"))
     calls, divergence = [], recovery._Distillation._divergence
     patch.setattr(
         recovery._Distillation, "_divergence", lambda s, b: calls.append(len(b.input_ids)) or divergence(s, b)
     )
     record = job.run(random_windows(count=40, length=8))
-    torch.save((job.tensors(), record, calls), f"{folder}/result{rank}")
-    torch.distributed.destroy_process_group()
+    patch.undo()
+    return job.tensors(), record, calls
 
 
-def test_two_processes_take_the_steps_of_one(make_model, make_windows, tmp_path):
-    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
-    (tensors, record, calls), (others, _, _) = (
-        torch.load(tmp_path / f"result{rank}", weights_only=False) for rank in (0, 1)
-    )
+def check_two(results):
+    """What ``of_two`` returned in both processes is what one does alone."""
+    (tensors, record, calls), (others, _, _) = results
     assert set(calls) == {2}  # half of four windows
-    job = Job(make_model("llama"))
-    alone = job.run(make_windows(count=40, length=8))
+    job = Job(build("llama"))
+    alone = job.run(random_windows(count=40, length=8))
     assert alone.after == pytest.approx(record.after, rel=1e-4)
     for name, tensor in job.tensors().items():
         assert torch.equal(tensors[name], others[name])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from kfac_prune import ranks
 from kfac_prune.errors import InputError
 from kfac_prune.models import Layer
 
@@ -41,6 +42,12 @@ class InputMoments:
     first: Tensor
     tokens: int = 0
 
+    @classmethod
+    def zeros(cls, width: int, device: torch.device) -> InputMoments:
+        """Of no token."""
+        both = torch.zeros(width + 1, width, dtype=torch.float32, device=device)
+        return cls(second=both[1:], first=both[0])
+
     def add(self, rows: Tensor) -> None:
         """Add rows [tokens, in] of any dtype."""
         add_gram(self.second, rows)
@@ -59,6 +66,11 @@ class GradientMoments:
 
     second: Tensor
     tokens: int = 0
+
+    @classmethod
+    def zeros(cls, width: int, device: torch.device) -> GradientMoments:
+        """Of no token."""
+        return cls(torch.zeros(width, width, dtype=torch.float32, device=device))
 
     def add(self, rows: Tensor) -> None:
         """Add rows [tokens, out] of any dtype."""
@@ -106,6 +118,30 @@ class FactorCapture:
                 handle.remove()
             self._last = None
 
+    def add_up(self) -> None:
+        """Add what all processes have seen; afterwards each has the sums of all.
+
+        An expert may have seen tokens in one process and none in another.
+        """
+        if ranks.count() == 1:
+            return
+        said = ranks.gathered((set(self.inputs), self._reads_with, set(self.gradients)))
+        read = set().union(*(names for names, _, _ in said))
+        reads_with = {name: owner for _, pairs, _ in said for name, owner in pairs.items()}
+        written = set().union(*(names for _, _, names in said))
+        for layer in self.layers:
+            device = layer.weight.device
+            if layer.name in read - set(reads_with):
+                moments = self.inputs.setdefault(layer.name, InputMoments.zeros(layer.shape[1], device))
+                moments.tokens = _sum(moments.tokens, moments.second, moments.first)
+            if layer.name in written:
+                gradients = self.gradients.setdefault(layer.name, GradientMoments.zeros(layer.shape[0], device))
+                gradients.tokens = _sum(gradients.tokens, gradients.second)
+        for name in self.blocks:
+            gradients = self.gradients[name]
+            gradients.tokens = _sum(gradients.tokens, gradients.second)
+        self.inputs |= {name: self.inputs[owner] for name, owner in reads_with.items()}
+
     def _hook(self, layer: Layer) -> list[RemovableHandle]:
         name = layer.name
 
@@ -135,8 +171,7 @@ class FactorCapture:
                 self._reads_with[name] = owner
                 self.inputs[name] = self.inputs[owner]
             else:
-                zeros = torch.zeros(x.shape[-1] + 1, x.shape[-1], dtype=torch.float32, device=x.device)
-                self.inputs[name] = InputMoments(second=zeros[1:], first=zeros[0])
+                self.inputs[name] = InputMoments.zeros(x.shape[-1], x.device)
         if name in self._reads_with:
             if owner != self._reads_with[name]:
                 raise RuntimeError(f"layer {name} read the same tensor as {self._reads_with[name]}, and now another")
@@ -147,9 +182,7 @@ class FactorCapture:
 
     def _see_gradient(self, name: str, gradient: Tensor) -> None:
         if name not in self.gradients:
-            size = gradient.shape[-1]
-            zeros = torch.zeros(size, size, dtype=torch.float32, device=gradient.device)
-            self.gradients[name] = GradientMoments(zeros)
+            self.gradients[name] = GradientMoments.zeros(gradient.shape[-1], gradient.device)
         self.gradients[name].add(self._rows(name, gradient.detach()))
 
     def _rows(self, name: str, x: Tensor) -> Tensor:
@@ -163,3 +196,9 @@ class FactorCapture:
                 "padding cannot be told apart; use windows without padding, or leave the layer out with --ignore"
             )
         return rows[self.token_mask.reshape(-1).to(rows.device)]
+
+
+def _sum(tokens: int, *tensors: Tensor) -> int:
+    """Tensors become their sums over all processes; returns that of the tokens."""
+    (total, *_) = ranks.summed(torch.tensor(tokens, device=tensors[0].device), *tensors)
+    return int(total)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from kfac_prune import ranks
 from kfac_prune.curvature.capture import FactorCapture
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
@@ -131,7 +132,7 @@ def estimate_factors(
     The Fisher is the true one by default: labels are sampled (with replacement) from the model's own predictions at
     every position, so that it is the Hessian of KL(dense‖pruned) at the dense model (Martens & Grosse 2015; Kunstner
     et al. 2019 on why not the data's labels). Gradients are those of the loss summed over a sequence. No parameter
-    gradient is stored.
+    gradient is stored. Several processes share out the windows, and each has the sums of all.
 
     Args:
         model: a transformer with the objective's head; its training mode and ``requires_grad`` flags are as before
@@ -156,8 +157,10 @@ def estimate_factors(
     names, blocks = find_blocks(model, layers)
     capture = FactorCapture(layers, dict(zip(names, blocks, strict=True)), per_sequence=sequences is not None)
     device = model.device
-    with _frozen(model), capture.hooked(), tqdm(total=len(windows), desc="curvature", unit="seq", disable=quiet) as bar:
-        for batch in windows.batches(batch_size):
+    batches = ranks.share(list(windows.batches(max(min(batch_size, len(windows) // ranks.count()), 1))))
+    seen = sum(len(batch.input_ids) for batch in batches)
+    with _frozen(model), capture.hooked(), tqdm(total=seen, desc="curvature", unit="seq", disable=quiet) as bar:
+        for batch in batches:
             ids = batch.input_ids.to(device)
             mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
             capture.token_mask = mask
@@ -167,6 +170,7 @@ def estimate_factors(
                 cotangent = objective.cotangent(output, draw[batch.index], ids, mask, fisher)
                 output.backward(cotangent, retain_graph=i < len(draws) - 1)
             bar.update(len(ids))
+    capture.add_up()
     gradients = {name: moments for name, moments in capture.gradients.items() if name in capture.blocks}
     return Factors(
         {layer.name: _finish(layer, capture, sequences) for layer in layers},

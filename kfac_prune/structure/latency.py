@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kfac_prune import ranks
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.models import prunable_layers
@@ -149,7 +150,7 @@ def latency_table(model: PreTrainedModel, groups: Sequence[Group], length: int) 
             entry["heads"] = [[g, q, _time_block(model, heads, heads.everything()[:g, :q], length)] for g, q in shapes]
         cache = {**_read_cache(), key: entry}
         _write_cache(cache)
-    entry = cache[key]
+    entry = ranks.told(cache[key])  # all processes must come to the same plan
     return LatencyTable(tuple((n, t) for n, t in entry["ffn"]), tuple((g, q, t) for g, q, t in entry["heads"]))
 
 
@@ -171,7 +172,7 @@ def latency_target(model: PreTrainedModel, groups: Sequence[Group], length: int,
     Raises:
         InputError: the dense model is that fast already.
     """
-    (dense,) = speeds([model], length)
+    (dense,) = ranks.told(speeds([model], length))
     if wanted_ms >= dense.prefill_ms:
         raise InputError(
             f"--target-latency is {wanted_ms:g} ms, and the dense model takes {dense.prefill_ms:.3g} ms for one window "

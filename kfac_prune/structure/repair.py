@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kfac_prune import ranks
 from kfac_prune.curvature.estimate import Factors
 from kfac_prune.data import Windows
 from kfac_prune.linalg import shifted
 from kfac_prune.models import Layer
 from kfac_prune.operators import Damping
-from kfac_prune.reconstruction import Reconstructed, Reconstruction, metrics, reconstruct, step_windows
+from kfac_prune.reconstruction import Reconstructed, Reconstruction, metrics, own_steps, reconstruct
 from kfac_prune.refitting import RIDGE, Moments, refit_moments
 from kfac_prune.stream import BlockStack, Shelf
 
@@ -42,9 +43,11 @@ def repair(
         batch_size: windows per pass.
         quiet: show no progress bar.
     """
-    stacks = BlockStack(dense, windows, batch_size), BlockStack(model, windows, batch_size)
+    own = windows.every(ranks.count(), ranks.index())
+    stacks = BlockStack(dense, own, batch_size), BlockStack(model, own, batch_size)
     for layer, moments in refit_moments(*stacks, rows, quiet=quiet):
-        layer.assign(*_solved(layer, moments))
+        weight, bias = _solved(layer, moments)
+        layer.assign(ranks.sent(weight), None if bias is None else ranks.sent(bias))
 
 
 def reconstruct_smaller(
@@ -72,10 +75,10 @@ def reconstruct_smaller(
         shelf: where streams wait.
         quiet: show no progress bar.
     """
-    size = step_windows(windows)
+    own, size = own_steps(windows)
     return reconstruct(
-        BlockStack(dense, windows, size, shelf),
-        BlockStack(model, windows, size, shelf),
+        BlockStack(dense, own, size, shelf),
+        BlockStack(model, own, size, shelf),
         metrics(factors, damping or Damping(), settings.unit),
         settings,
         trained={layer.name for layer in layers},
