@@ -193,6 +193,11 @@ class Recipe:
     dtype: str = _option(
         "auto", "to load the model in; auto = the checkpoint's", choices=("auto", "float32", "bfloat16", "float16")
     )
+    offload: bool = _option(
+        False,
+        "for models larger than the device: blocks stay in main memory and come to the device one at a time, with the "
+        "forward pass run again for every backward pass; not with --structured, --shots and --recover-epochs",
+    )
     overwrite: bool = _option(False, "replace --out if it exists")
     resume: bool = _option(
         False, "go on after the last reconstructed block of an interrupted run with the same options, from OUT.work"
@@ -208,18 +213,13 @@ class Recipe:
         for name, least in (("samples", 1), ("eval_samples", 1), ("seqlen", 2), ("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        if self.reconstruct is not None and self.reconstruct < 0:
-            raise InputError(f"reconstruct is {self.reconstruct}; it must be at least 0")
-        if self.reconstruct and self.samples < 10:
-            raise InputError(
-                f"reconstruct holds a tenth of the windows out and needs at least 10; samples is {self.samples}"
-            )
-        if self.recover_epochs < 0:
-            raise InputError(f"recover_epochs is {self.recover_epochs}; it must be at least 0")
-        if self.recover_epochs and self.samples < 10:
-            raise InputError(
-                f"recover_epochs holds a tenth of the windows out and needs at least 10; samples is {self.samples}"
-            )
+        for name in ("reconstruct", "recover_epochs"):
+            epochs = getattr(self, name) or 0
+            if epochs < 0:
+                raise InputError(f"{name} is {epochs}; it must be at least 0")
+            if epochs and self.samples < 10:
+                reason = "holds a tenth of the windows out and needs at least 10"
+                raise InputError(f"{name} {reason}; samples is {self.samples}")
         if self.seed >= 2**63:
             raise InputError(f"seed is {self.seed}; it must be at least 0 and below 2^63")
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
@@ -231,6 +231,12 @@ class Recipe:
                 f"permute reorders the groups of an n:m pattern, and pattern is {self.pattern}; add a pattern such as "
                 "2:4, or drop permute"
             )
+        if self.offload:
+            whole = {"structured": self.structured, "recover_epochs": self.recover_epochs}
+            whole |= {"shots": (self.shots or 1) > 1, "method": self.method == "llm-surgeon"}
+            if given := [name for name, value in whole.items() if value]:
+                what = f"{given[0]} {getattr(self, given[0])}"
+                raise InputError(f"offload brings single blocks to the device; {what} needs the whole model there")
         self._check_allocation()
         self._check_structured()
 

@@ -24,6 +24,7 @@ from kfac_prune.data import (
 from kfac_prune.errors import InputError
 from kfac_prune.models import Layer, context_length, load_model, load_tokenizer, prunable_layers
 from kfac_prune.objective import CAUSAL, Objective
+from kfac_prune.offload import offload
 from kfac_prune.stream import BlockStack, find_writers
 
 #: Share of --data that is kept from calibration and measured on when no --eval-data is given.
@@ -65,9 +66,11 @@ def load_inputs(recipe: Recipe, objective: Objective, echo: Callable[[str], None
     model = load_model(
         recipe.model,
         dtype=None if recipe.dtype == "auto" else recipe.dtype,
-        device=recipe.device,
+        device="cpu" if recipe.offload else recipe.device,
         trust_remote_code=recipe.trust_remote_code,
     )
+    if recipe.offload:
+        offload(model, torch.device(recipe.device))
     check_tokens(model, calibration, held_out)
     layers = prunable_layers(model, recipe.include, recipe.ignore)
     if objective.unit == "sequence":

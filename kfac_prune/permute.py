@@ -215,7 +215,7 @@ def _scores(
     parts = []
     for layer, starts in readers:
         operator, _ = factors.layers[layer.name].operator(method, damping, where=layer.name)
-        weight = layer.weight.to(torch.float32)
+        weight = layer.weight.to(factors.layers[layer.name].a.device, torch.float32)
         scores = saliency(weight, operator) if operator.separable else (weight * operator.equilibrated()[1]).square()
         parts += [scores[::step, start : start + width].clone() for start in starts]
     return torch.cat(parts)

@@ -74,12 +74,16 @@ class Problems:
         """W [out, in] in float32, its curvature, and what damping that took; for methods with a curvature."""
         method: Any = self.method  # callers know that it is one of ``Method``
         operator, records = self.factors.layers[layer.name].operator(method, self.damping, where=layer.name)
-        return layer.weight.to(torch.float32), operator, records
+        return self._weight(layer), operator, records
+
+    def _weight(self, layer: Layer) -> Tensor:
+        """W [out, in] in float32, beside its factors."""
+        return layer.weight.to(self.factors.layers[layer.name].a.device, torch.float32)
 
     def solve(self, layer: Layer, pattern: Pattern) -> PlannedLayer:
         """Prune one layer by the method, round to the model's dtype, and predict what that costs."""
         statistics = self.factors.layers[layer.name]
-        weight = layer.weight.to(torch.float32)
+        weight = self._weight(layer)
         fisher: Curvature | None = None
         kkt: float | None = None
         records: list[DampingRecord] = []
@@ -133,16 +137,16 @@ class Problems:
         statistics = self.factors.layers[layer.name]
         if fisher is None:
             fisher, _ = statistics.operator("kfac", self.damping, where=layer.name)
-        weight, bias = layer.weight.to(torch.float32), layer.bias
+        weight, bias = self._weight(layer), layer.bias
         rounded = x.to(layer.weight.dtype)
         change = rounded.to(weight.dtype) - weight
         if bias is not None:
-            bias = (bias.to(weight.dtype) + shift).to(bias.dtype)
+            bias = (bias.to(weight) + shift).to(bias)
         return PlannedLayer(
             name=layer.name,
-            weight=rounded,
+            weight=rounded.to(layer.weight.device),
             bias=bias,
-            mask=mask,
+            mask=mask.to(layer.weight.device),
             predicted=quadratic_loss(fisher, change) + statistics.bias_loss(change, shift),
             kkt=None,
             damping=(),

@@ -116,11 +116,13 @@ def summed(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def sent(tensor: Tensor, source: int = 0) -> Tensor:
-    """What one process has, written into the tensors of all others; contiguous."""
-    tensor = tensor.contiguous()
-    if _several():
-        dist.broadcast(tensor, source)
-    return tensor
+    """What one process has, in all of them; the others bring a tensor like it."""
+    if not _several():
+        return tensor
+    device = torch.device("cpu" if dist.get_backend() == "gloo" else "cuda")
+    travels = tensor.to(device).contiguous()
+    dist.broadcast(travels, source)
+    return travels.to(tensor.device)
 
 
 def told(value: T, source: int = 0) -> T:

@@ -28,6 +28,7 @@ from kfac_prune.curvature.estimate import Factors
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.models import only_trained
+from kfac_prune.offload import resident
 from kfac_prune.operators import Damping
 from kfac_prune.plan import Plan
 from kfac_prune.store import Journal, content_hash
@@ -215,8 +216,9 @@ def reconstruct(
                 part = replace(part, trained=[layer for layer in part.trained if layer.name in trained])
                 if not part.trained:
                     continue
-                problem = _Problem(stack, index, part, stream, masks)
-                record = _journaled(problem, settings, journal, f"{len(records):04} {part.name}")
+                with resident(stack.blocks[index], stack.device):
+                    problem = _Problem(stack, index, part, stream, masks)
+                    record = _journaled(problem, settings, journal, f"{len(records):04} {part.name}")
                 records.append(record)
                 bar.set_postfix_str(f"{record.name} {record.before:.2e} -> {record.after:.2e}")
             with torch.no_grad():

@@ -227,11 +227,11 @@ def _moments(
     """Moments over all batches of the last writer's input, and of its target: goal − pruned stream before it."""
     *earlier, writer = writers
     layer = writer.layer
-    moments = Moments.zeros(layer.shape, layer.weight.device)
+    moments = Moments.zeros(layer.shape, stack.device)
     with torch.no_grad(), observed([w.layer for w in writers]) as seen:
         for batch, (goal, stream) in enumerate(zip(goals, streams, strict=True)):
             stack.run(index, batch, stream, until=layer)
-            target = (goal - stream).flatten(0, 1).to(layer.weight.device, torch.float32)  # [B T, d]
+            target = (goal - stream).flatten(0, 1).to(stack.device, torch.float32)  # [B T, d]
             for w in earlier:
                 target -= w.factor * seen[w.layer.name][1].reshape(target.shape)
             moments.add(*_counted(stack.masks[batch], seen[layer.name][0], target / writer.factor))
@@ -248,12 +248,12 @@ def _reader_moments(
     """Moments over all batches of a layer's input in the pruned model, and of the dense layer's output rows."""
     (dense_stack, dense_streams), (stack, streams) = dense, pruned
     dense_layer, layer = dense_stack.layers[name], stack.layers[name]
-    moments = Moments.zeros(layer.shape, layer.weight.device)
+    moments = Moments.zeros(layer.shape, stack.device)
     with torch.no_grad(), observed([dense_layer]) as wanted, observed([layer]) as seen:
         for batch, (dense_stream, stream) in enumerate(zip(dense_streams, streams, strict=True)):
             dense_stack.run(index, batch, dense_stream, until=dense_layer)
             stack.run(index, batch, stream, until=layer)
-            output = wanted[name][1][..., rows.to(layer.weight.device)]
+            output = wanted[name][1][..., rows.to(stack.device)]
             moments.add(*_counted(stack.masks[batch], seen[name][0], output))
     return moments.add_up()
 
@@ -269,7 +269,7 @@ def _solve(
 ) -> tuple[PlannedLayer, Refitted]:
     """The new weights, mask and bias of one writer under the metric G [out, out]."""
     hh, th, tt = moments.means(centred=layer.bias is not None)
-    present = layer.weight.float()
+    present = layer.weight.to(hh)
     ridge = RIDGE * hh.diagonal().mean()
     a = shifted(hh, ridge)
     wanted = (th + ridge * present) @ inverse_from_cholesky(a)
@@ -280,10 +280,11 @@ def _solve(
     weight = compensate(wanted, curvature, selection.mask, selection.start).weight.to(layer.weight.dtype)
     bias = layer.bias
     if bias is not None:
-        bias = ((moments.t - weight.float() @ moments.h) / moments.tokens).to(bias.dtype)
+        bias = ((moments.t - weight.float() @ moments.h) / moments.tokens).to(bias)
 
     def error(x: Tensor) -> float:
         return 0.5 * float((g * (tt - 2 * x @ th.T + x @ hh @ x.T)).sum())
 
     record = Refitted(layer.name, error(present), error(weight.float()))
-    return replace(planned, weight=weight, bias=bias, mask=selection.mask), record
+    home = layer.weight.device
+    return replace(planned, weight=weight.to(home), bias=bias, mask=selection.mask.to(home)), record

@@ -78,7 +78,8 @@ def shots_of(recipe: Recipe, predicted: float) -> int:
     if recipe.shots is not None:
         return recipe.shots
     large = predicted > LARGE_LOSS and recipe.samples >= LEAST_WINDOWS
-    return SHOTS if recipe.method == "kfac" and not recipe.reconstruct and large else 1
+    ours = recipe.method == "kfac" and not recipe.reconstruct and not recipe.offload
+    return SHOTS if ours and large else 1
 
 
 def correct(

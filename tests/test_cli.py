@@ -426,6 +426,7 @@ def test_options_reach_the_recipe(here):
                 *given,
                 *lists,
                 "--overwrite",
+                "--offload",
                 "--no-refit",
             ]
         )
@@ -468,6 +469,7 @@ def test_options_reach_the_recipe(here):
         "seed": 7,
         "device": "cpu",
         "dtype": "bfloat16",
+        "offload": True,
         "overwrite": True,
         "trust_remote_code": False,
     }

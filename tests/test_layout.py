@@ -23,7 +23,7 @@ LAYERS = (
     ("models", "fisher", "protocol"),
     ("objective",),
     ("quality",),
-    ("operators", "stream", "export"),
+    ("operators", "stream", "export", "offload"),
     ("obs", "curvature"),
     ("allocate", "baselines"),
     ("problems",),

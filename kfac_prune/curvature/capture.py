@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from kfac_prune import ranks
 from kfac_prune.errors import InputError
 from kfac_prune.models import Layer
+from kfac_prune.offload import running_again
 
 
 def add_gram(total: Tensor, rows: Tensor) -> None:
@@ -163,6 +164,8 @@ class FactorCapture:
         return after
 
     def _see_input(self, name: str, x: Tensor) -> None:
+        if running_again():
+            return
         owner = None
         if self._last is not None and self._last[1] is x and self._last[2] == x._version:  # not written to since
             owner = self._last[0]
