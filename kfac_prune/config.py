@@ -200,7 +200,7 @@ class Recipe:
     )
     overwrite: bool = _option(False, "replace --out if it exists")
     resume: bool = _option(
-        False, "go on after the last reconstructed block of an interrupted run with the same options, from OUT.work"
+        False, "go on where an interrupted run with the same options had got to, from what it left in OUT.work"
     )
     trust_remote_code: bool = _option(False, "run model code that comes with the checkpoint")
 

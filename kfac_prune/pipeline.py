@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kfac_prune import ranks
 from kfac_prune.config import BASELINES, Recipe, parse_pattern
-from kfac_prune.curvature.estimate import estimate_factors, participants
+from kfac_prune.curvature.estimate import Factors, estimate_factors, participants
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.export import save_model, save_side_files, verify_saved
@@ -50,6 +50,7 @@ from kfac_prune.report import (
     shrunk_record,
     summary,
 )
+from kfac_prune.resume import Planned, journal_of, read_planned, write_planned
 from kfac_prune.shots import Correction, correct, shots_of
 from kfac_prune.store import check_output, clear_work, new_folder, work_folder
 from kfac_prune.structure.latency import latency_target, speeds
@@ -158,7 +159,8 @@ def _load(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
     with stages("load"):
         loaded = load_inputs(recipe, objective, echo)
         model, layers, calibration = loaded.model, loaded.layers, loaded.calibration
-        check_output(recipe.out, overwrite=recipe.overwrite, need_bytes=int(1.1 * model.get_memory_footprint()))
+        room = 1.1 if recipe.structured else 4  # with what is left for --resume: plan, dense weights, trained blocks
+        check_output(recipe.out, overwrite=recipe.overwrite, need_bytes=int(room * model.get_memory_footprint()))
     echo(coverage(model, layers))
     if len(calibration) < ranks.count():
         raise InputError(
@@ -170,23 +172,18 @@ def _load(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
     return Job(recipe, stages, echo, quiet, model, loaded.tokenizer, objective, layers, calibration, loaded.held_out)
 
 
-def _mask(job: Job) -> Outcome:
-    """Unstructured and n:m pruning: zeros, in place."""
+def _planned(job: Job, estimate: Callable[[], Factors], pattern: NM | None, damping: Damping) -> Planned:
+    """Curvature, order of channels and plan, or what an interrupted run has left of them."""
     recipe, model, layers, stages = job.recipe, job.model, job.layers, job.stages
-    options: Any = {"batch_size": recipe.batch_size, "quiet": job.quiet}
-    measured: Any = {"objective": job.objective, **options}
-    fisher: Any = recipe.fisher  # the recipe has checked it
-    estimate = partial(
-        estimate_factors, model, layers, job.calibration, fisher=fisher, seed=recipe.seed, **measured
-    )  # fmt: skip
-    with stages("curvature"):
-        factors = estimate()
-    groups = parse_pattern(recipe.pattern)
+    method: Any = recipe.method  # the recipe has checked it
     assert recipe.sparsity is not None
     assert recipe.allocation is not None
-    assert recipe.damping is not None
-    method: Any = recipe.method  # the recipe has checked it
-    pattern, damping = NM(*groups) if groups else None, Damping(recipe.damping)
+    journal = journal_of(recipe, model, job.calibration) if ranks.leads() else None
+    if recipe.resume and (finished := read_planned(journal, model)) is not None:
+        job.echo("- plan: as the interrupted run left it")
+        return finished
+    with stages("curvature"):
+        factors = estimate()
     permuted: list[Permuted] = []
     if recipe.permute:
         assert pattern is not None
@@ -215,7 +212,27 @@ def _mask(job: Job) -> Outcome:
             estimate=estimate,
             quiet=job.quiet,
         )
-        job.echo(plan.table(job.objective.unit))
+    planned = Planned(plan, factors, permuted)
+    if journal is not None:
+        write_planned(journal, recipe, model, planned)
+    return planned
+
+
+def _mask(job: Job) -> Outcome:
+    """Unstructured and n:m pruning: zeros, in place."""
+    recipe, model, layers, stages = job.recipe, job.model, job.layers, job.stages
+    options: Any = {"batch_size": recipe.batch_size, "quiet": job.quiet}
+    measured: Any = {"objective": job.objective, **options}
+    fisher: Any = recipe.fisher  # the recipe has checked it
+    estimate = partial(
+        estimate_factors, model, layers, job.calibration, fisher=fisher, seed=recipe.seed, **measured
+    )  # fmt: skip
+    groups = parse_pattern(recipe.pattern)
+    assert recipe.damping is not None
+    pattern, damping = NM(*groups) if groups else None, Damping(recipe.damping)
+    planned = _planned(job, estimate, pattern, damping)
+    plan, factors = planned.plan, planned.factors
+    job.echo(plan.table(job.objective.unit))
     with stages("measure dense"):
         dense_quality = evaluate(model, job.held_out, label="dense", **measured)
     dense = prune(layers, plan)
@@ -259,7 +276,7 @@ def _mask(job: Job) -> Outcome:
     with stages("measure pruned"):
         pruned_quality = evaluate(model, job.held_out, dense=dense.swapped_in, label="pruned", **measured)
     covered = sum(layer.mask.numel() for layer in plan.layers) / model.num_parameters()
-    record = plan_record(plan, permuted, refitted, corrected, reconstructed, covered)
+    record = plan_record(plan, planned.permuted, refitted, corrected, reconstructed, covered)
     return Outcome(model, dense_quality, pruned_quality, record | recovery)
 
 

@@ -70,8 +70,9 @@ def clear_work(out: str) -> None:
     """Remove what runs that write to ``out`` have left in its work folder, and nothing else that may lie there."""
     folder = work_folder(out)
     if folder.is_dir():
-        for file in (*folder.glob("reconstruction-*.safetensors"), *folder.glob("reconstruction-*.partial")):
-            file.unlink()
+        for stage in ("plan", "reconstruction"):
+            for file in (*folder.glob(f"{stage}-*.safetensors"), *folder.glob(f"{stage}-*.partial")):
+                file.unlink()
         if not any(folder.iterdir()):
             folder.rmdir()
 

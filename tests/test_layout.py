@@ -34,7 +34,7 @@ LAYERS = (
     ("reconstruction",),
     ("structure", "recovery"),
     ("permute",),
-    ("report", "bench", "inspect_model", "inputs", "theory"),
+    ("report", "bench", "inspect_model", "inputs", "resume", "theory"),
     ("demo", "compare_report"),
     ("pipeline", "measurement", "compare"),
     ("cli",),

@@ -580,7 +580,8 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(fields, recipe, tmp_path, mon
         with pytest.raises(KeyboardInterrupt):
             run(made)
         assert not Path(made.out).exists()
-        assert len(list((tmp_path / "other.work").iterdir())) == 1
+        plans = 0 if "structured" in fields else 1
+        assert len(list((tmp_path / "other.work").iterdir())) == plans + 1
         patch.setattr(reconstruction._Problem, "solve", lambda *a: calls.append(a[0].part.name) or solve(*a))
         run(made)
     assert bytes_of(whole.out) == bytes_of(made.out)

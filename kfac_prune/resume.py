@@ -1,0 +1,137 @@
+"""A plan as a file: a run that was interrupted after it goes on there, without curvature and solving again."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kfac_prune import ranks
+from kfac_prune.config import Recipe
+from kfac_prune.curvature.estimate import Factors, LayerFactors
+from kfac_prune.data import Windows
+from kfac_prune.models import Layer
+from kfac_prune.operators import DampingRecord
+from kfac_prune.permute import Permuted
+from kfac_prune.plan import Plan
+from kfac_prune.problems import PlannedLayer
+from kfac_prune.store import Journal, content_hash, work_folder
+
+#: Fields of a recipe that do not move a plan.
+ELSEWHERE = (
+    "model", "data", "out", "eval_data", "eval_samples", "shots", "reconstruct", "recover_epochs", "streams", "device",
+    "offload", "overwrite", "resume", "trust_remote_code",
+)  # fmt: skip
+PART = "all layers"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is known before the first weight falls.
+
+    Attributes:
+        plan: of all layers.
+        factors: of the permuted model; as read from a file without ``layers`` where nothing that follows asks for them.
+        permuted: the spaces whose channels have a new order in the model.
+    """
+
+    plan: Plan
+    factors: Factors
+    permuted: list[Permuted]
+
+
+def journal_of(recipe: Recipe, model: PreTrainedModel, calibration: Windows) -> Journal:
+    """Where the plan of a run is left.
+
+    Args:
+        recipe: resolved.
+        model: dense, as loaded.
+        calibration: windows.
+    """
+    fields = {name: value for name, value in asdict(recipe).items() if name not in ELSEWHERE}
+    parts = [str(sorted(fields.items())), content_hash(model.state_dict()), calibration.sha256()]
+    return Journal(work_folder(recipe.out), "plan", hashlib.sha256(" ".join(parts).encode()).hexdigest())
+
+
+def write_planned(journal: Journal, recipe: Recipe, model: PreTrainedModel, planned: Planned) -> None:
+    """Leave a plan, what the rest of the run needs of the factors, and the dense weights where they have moved."""
+    plan, factors = planned.plan, planned.factors
+    tensors: dict[str, Tensor] = {f"stream {name}": g for name, g in factors.streams.items()}
+    rows = []
+    for layer in plan.layers:
+        tensors |= {f"weight {layer.name}": layer.weight, f"mask {layer.name}": layer.mask}
+        if layer.bias is not None:
+            tensors[f"bias {layer.name}"] = layer.bias
+        figures = {"predicted": layer.predicted, "kkt": layer.kkt, "groups_fit": layer.groups_fit}
+        rows.append({"name": layer.name, **figures, "damping": [asdict(record) for record in layer.damping]})
+    kept: dict[str, Any] = {}
+    if recipe.refit or recipe.reconstruct_unit == "sublayer":
+        for name, one in factors.layers.items():
+            tensors |= {f"a {name}": one.a, f"mean {name}": one.mean, f"g {name}": one.g}
+            kept[name] = [one.tokens, one.has_bias]
+    for number, space in enumerate(planned.permuted):
+        tensors[f"permutation {number}"] = space.permutation
+    if planned.permuted:
+        tensors |= {f"dense {name}": parameter for name, parameter in model.named_parameters()}
+    record = {
+        "method": plan.method,
+        "allocation": plan.allocation,
+        "layers": rows,
+        "factors": kept,
+        "tokens": factors.tokens,
+        "data_sha256": factors.data_sha256,
+        "permuted": [
+            {k: v for k, v in vars(space).items() if k != "permutation"} for space in planned.permuted
+        ],
+    }  # fmt: skip
+    journal.write(PART, tensors, record)
+
+
+def read_planned(journal: Journal | None, model: PreTrainedModel) -> Planned | None:
+    """What ``write_planned`` left, or None; the model gets the order of channels that the plan is for.
+
+    Several processes get what the one that leads has found.
+
+    Args:
+        journal: None in the processes that do not lead.
+        model: dense, as loaded.
+    """
+    found = None if journal is None else journal.read(PART)
+    record: dict[str, Any] | None = ranks.told(None if found is None else found[1])
+    if record is None:
+        return None
+    shapes = ranks.told({} if found is None else {name: (t.shape, t.dtype) for name, t in found[0].items()})
+    tensors: dict[str, Tensor] = {}
+    for name, (shape, dtype) in shapes.items():
+        tensors[name] = ranks.sent(torch.empty(shape, dtype=dtype) if found is None else found[0][name])
+    for name, parameter in model.named_parameters():
+        if f"dense {name}" in tensors:
+            parameter.data = tensors[f"dense {name}"].to(parameter.device)
+    kept: dict[str, LayerFactors] = {}
+    for name, (tokens, has_bias) in record["factors"].items():
+        a, mean, g = (tensors[f"{part} {name}"].to(model.device) for part in ("a", "mean", "g"))
+        kept[name] = LayerFactors(a, mean, g, tokens, has_bias)
+    streams = {name: g.to(model.device) for name, g in tensors.items() if name.startswith("stream ")}
+    streams = {name.removeprefix("stream "): g for name, g in streams.items()}
+    factors = Factors(kept, streams, record["tokens"], record["data_sha256"])
+    layers = tuple(_layer(row, tensors, model) for row in record["layers"])
+    permuted = [
+        Permuted(permutation=tensors[f"permutation {number}"], **space)
+        for number, space in enumerate(record["permuted"])
+    ]
+    return Planned(Plan(layers, record["method"], record["allocation"]), factors, permuted)
+
+
+def _layer(row: dict[str, Any], tensors: dict[str, Tensor], model: PreTrainedModel) -> PlannedLayer:
+    """A planned layer from its figures and tensors, where the model has it."""
+    name = row["name"]
+    device = Layer(name, model.get_submodule(name)).weight.device
+    weight, mask = (tensors[f"{part} {name}"].to(device) for part in ("weight", "mask"))
+    bias = tensors[f"bias {name}"].to(device) if f"bias {name}" in tensors else None
+    damping = tuple(DampingRecord(**record) for record in row["damping"])
+    figures = {key: row[key] for key in ("predicted", "kkt", "groups_fit")}
+    return PlannedLayer(name, weight, bias, mask, damping=damping, **figures)

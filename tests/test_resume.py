@@ -1,0 +1,146 @@
+"""Runs that are killed at any moment go on to the same bytes; files of other runs, or broken ones, are refused."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from letters import save_llama
+
+from kfac_prune import pipeline
+from kfac_prune.config import Recipe
+from kfac_prune.errors import InputError
+from kfac_prune.pipeline import run
+
+KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("resume")
+    save_llama(root / "model")
+    rng = random.Random(0)
+    (root / "text.txt").write_text("".join(rng.choices("abcdef ", k=4000)), encoding="utf-8")
+    return root
+
+
+def recipe(place, out, **fields):
+    small = {"samples": 20, "eval_samples": 4, "seqlen": 16, "device": "cpu", "pattern": "2:4", "reconstruct": 2}
+    return Recipe(model=str(place / "model"), data=str(place / "text.txt"), out=str(out), **{**small, **fields})
+
+
+def bytes_of(out):
+    """Content of all files but the record, which holds seconds."""
+    varying = ("kfac_prune.json", "README.md", "recipe.yaml")
+    return {file.name: file.read_bytes() for file in Path(out).iterdir() if file.name not in varying}
+
+
+def attempt(made):
+    torch.set_num_threads(1)
+    run(made)
+
+
+def test_a_run_killed_at_twenty_moments_ends_in_the_same_bytes(place, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["kfac_prune.pipeline"])
+
+    def started(made):
+        process = context.Process(target=attempt, args=(made,))
+        process.start()
+        return process
+
+    started(recipe(place, tmp_path / "first")).join()  # pays for the imports
+    begin = time.monotonic()
+    whole = started(recipe(place, tmp_path / "whole"))
+    whole.join()
+    seconds = time.monotonic() - begin
+    assert whole.exitcode == 0
+    moments = [seconds * (kill + 0.5) / KILLS for kill in range(KILLS)]
+    random.Random(1).shuffle(moments)
+    made, killed, left = recipe(place, tmp_path / "killed", resume=True), 0, set()
+    for moment in moments:
+        process = started(made)
+        process.join(moment)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            killed += 1
+        process.join()
+        if (tmp_path / "killed").exists():  # it was faster than the first
+            assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "whole")
+            for file in (tmp_path / "killed").iterdir():
+                file.unlink()
+            (tmp_path / "killed").rmdir()
+        else:
+            left |= {file.name for file in (tmp_path / "killed.work").glob("*")} if killed else set()
+    assert killed > KILLS // 2
+    assert any(name.startswith("plan-") for name in left)
+    final = started(made)
+    final.join()
+    assert final.exitcode == 0
+    assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "whole")
+    assert not (tmp_path / "killed.work").exists()
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"refit": True, "shots": 2, "reconstruct": 0}, {"reconstruct_unit": "sublayer"}]
+)
+def test_neither_curvature_nor_plan_is_made_twice(fields, place, tmp_path, monkeypatch):
+    run(recipe(place, tmp_path / "whole", **fields))
+    made = recipe(place, tmp_path / "other", resume=True, **fields)
+    calls = []
+    with monkeypatch.context() as patch:
+
+        def stops(*arguments, **options):
+            raise KeyboardInterrupt
+
+        patch.setattr(pipeline, "evaluate", stops)
+        with pytest.raises(KeyboardInterrupt):
+            run(made)
+    with monkeypatch.context() as patch:
+        for name in ("estimate_factors", "permute_model", "make_plan"):
+            patch.setattr(pipeline, name, lambda *a, name=name, **o: calls.append(name))
+        run(made)
+    assert calls == []
+    assert bytes_of(tmp_path / "other") == bytes_of(tmp_path / "whole")
+
+
+class TestFiles:
+    @pytest.fixture
+    def interrupted(self, place, tmp_path, monkeypatch):
+        """The file of a plan, of a run that was stopped behind it."""
+
+        def stops(*arguments, **options):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, "evaluate", stops)
+            with pytest.raises(KeyboardInterrupt):
+                run(recipe(place, tmp_path / "out"))
+        (file,) = (tmp_path / "out.work").iterdir()
+        return file
+
+    def test_truncated(self, interrupted, place, tmp_path):
+        interrupted.write_bytes(interrupted.read_bytes()[:-10])
+        with pytest.raises(InputError, match=rf"{interrupted.name} is broken"):
+            run(recipe(place, tmp_path / "out", resume=True))
+
+    def test_a_flipped_bit(self, interrupted, place, tmp_path):
+        content = bytearray(interrupted.read_bytes())
+        content[-100] ^= 1
+        interrupted.write_bytes(bytes(content))
+        with pytest.raises(InputError, match=rf"{interrupted.name} is broken \(its content does not have the hash"):
+            run(recipe(place, tmp_path / "out", resume=True))
+
+    @pytest.mark.parametrize("changed", [{"seed": 1}, {"samples": 21}, {"damping": 0.1}, {"pattern": "1:4"}])
+    def test_of_another_run(self, interrupted, place, tmp_path, changed):
+        with pytest.raises(InputError, match=rf"{interrupted.name} is from another run: other model, data or options"):
+            run(recipe(place, tmp_path / "out", resume=True, **changed))
+
+    def test_without_resume_it_goes(self, interrupted, place, tmp_path):
+        interrupted.write_bytes(b"broken")
+        run(recipe(place, tmp_path / "out"))
+        assert not interrupted.exists()
