@@ -26,7 +26,7 @@ KINDS = {
     "indefinite": (7, 1, -1.0, 0.0),
     "nan": (2, 1, NAN, 0.0),
 }
-CASES = [(shape, kind) for shape in SHAPES for kind in KINDS]
+CASES = [(shape, kind) for shape in SHAPES for kind in (KINDS if shape == (23, 65) else ("on", "over"))]
 NAMES = ("x", "gradient", "direction", "z", "curved", "inverse", "log")
 #: Registers a thread by alignment: four programs of eight warps on a multiprocessor. Sizes that 16 does not divide take
 #: an address and a condition for each weight.
@@ -170,17 +170,16 @@ def test_arguments_are_checked(name, value, message):
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
-    calls = [("pcg_step", make_case(*case), EXTRA) for case in CASES]
+    calls = [("pcg_step", make_case(*case), EXTRA if case[0] == (23, 65) else []) for case in CASES]
     calls += [("pcg_step", doubled(make_case((2, 3), "on")), [])]
     *results, refusal = interpret(tmp_path_factory.mktemp("interpreted"), "pcg", calls)
     return dict(zip(CASES, results, strict=True)), refusal
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "kind"), CASES, ids=str)
 def test_kernel_equals_the_twin(interpreted, shape, kind):
     results = interpreted[0][shape, kind]
-    assert len(results) == 3  # two configurations of the table and one more
+    assert len(results) == 2 + (shape == (23, 65))  # the configurations of the table, and one more
     for arguments, _, margins_intact in results:
         assert_same_step(arguments[:7], make_case(shape, kind))
         assert margins_intact
@@ -196,25 +195,23 @@ from kfac_prune_kernels.pcg import CONFIGS, direction_kernel, energy_kernel, gra
 names = "x gradient direction z curved inverse energy rz".split()
 types = {f"{name}_ptr": "*fp32" for name in names} | dict(log_ptr="*fp64", tolerance="fp32")
 sizes = dict(n_weights="i32", tiles="i32", programs="i32", iteration="i32")
-runs = [(config, kernel, "i32") for _, config in CONFIGS for kernel in (energy_kernel, gradient_kernel, direction_kernel)]
-for config, kernel, index in [*runs, (CONFIGS[0][1], gradient_kernel, "i64")]:
+kernels = energy_kernel, gradient_kernel, direction_kernel
+for config, kernel in [(config, kernel) for _, config in CONFIGS for kernel in kernels]:
     options = dict(num_warps=config.num_warps, enable_fp_fusion=True)
     parts = {} if kernel is energy_kernel else dict(PARTS=triton.next_power_of_2(config.programs))
-    sizes["n_weights"] = index
-    rows += machine_code(kernel, types | sizes, parts | dict(BLOCK=config.block), options, f"{index} {config}")
+    rows += machine_code(kernel, types | sizes, parts | dict(BLOCK=config.block), options, str(config))
 """
 
 
 def test_kernels_compile_without_spills(tmp_path):
     rows = compile_kernels(tmp_path, SPECIFICATIONS)
-    assert len(rows) == 4 * (2 * 3 + 1)
+    assert len(rows) == 4 * 2 * 3
     assert_fits(rows, REGISTERS)
     assert not [row["kernel"] for row in rows if "atom" in row["ptx"] or "red.global" in row["ptx"]]
 
 
 @needs_gpu
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [*SHAPES, (1031, 1021)], ids=str)  # the last takes the large blocks
+@pytest.mark.parametrize(("shape", "kind"), [*CASES, ((1031, 1021), "on")], ids=str)  # the last takes the large blocks
 def test_kernel_on_the_gpu(shape, kind):
     first, second = (outcome(backend.pcg_step, make_case(shape, kind), "cuda") for _ in range(2))
     assert_same_step(first, make_case(shape, kind))
@@ -235,8 +232,7 @@ def test_compensation_on_the_gpu():
 # --- dispatch
 
 
-@pytest.mark.parametrize("kind", ["on", "over"])
-@pytest.mark.parametrize("shape", [(1, 7), (23, 65), (0, 5)], ids=str)
+@pytest.mark.parametrize(("shape", "kind"), [((23, 65), "on"), ((1, 7), "over"), ((0, 5), "on")], ids=str)
 def test_operator_is_well_formed(shape, kind):
     torch.library.opcheck(backend.pcg_step, make_case(shape, kind))
 

@@ -17,6 +17,7 @@ MAX_ITERATIONS = 100
 #: On a GPU the host asks this often whether the stop is reached; the iterations queued beyond it change nothing.
 LOOK_EVERY = 5
 
+#: X, the negative gradient, the direction and Z, each [out, in] and updated in place.
 Vectors = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -81,7 +82,7 @@ def compensate(
 def _watched(
     curvature: Curvature, state: Vectors, inverse: Tensor, begin: Row, tolerance: float, max_iterations: int
 ) -> Row:
-    """The loop on a CPU, which looks after every iteration; updates the state (X, B, P, Z), returns the last row."""
+    """The loop on a CPU, which looks after every iteration; updates the state, returns the last row."""
     rows = [begin]
     while rows[-1].running and len(rows) <= max_iterations:
         curved = curvature.apply(state[2]).contiguous()
