@@ -1,7 +1,7 @@
 """Dispatch of the fused kernels: Triton on a GPU, the PyTorch twin anywhere else.
 
 Every function is an operator ``torch.ops.kfac_prune.*`` of the same name, signature and result as in
-``kfac_prune.reference``, opaque to torch.compile. Triton is imported by the first call on a GPU.
+``kfac_prune.reference`` and ``reference_pcg``, opaque to torch.compile. Triton is imported by the first call on a GPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from kfac_prune import reference
+from kfac_prune import reference, reference_pcg
 
 #: Triton is a dependency on Linux alone; elsewhere the twins run on a GPU too.
 HAS_TRITON = find_spec("triton") is not None
@@ -184,5 +184,56 @@ def _(
     threshold: Tensor | None = None,
     n: int = 0,
     m: int = 0,
+) -> None:
+    return None
+
+
+@torch.library.custom_op("kfac_prune::pcg_step", mutates_args=("x", "gradient", "direction", "z", "log"))
+def pcg_step(
+    x: Tensor,
+    gradient: Tensor,
+    direction: Tensor,
+    z: Tensor,
+    curved: Tensor,
+    inverse: Tensor,
+    log: Tensor,
+    iteration: int,
+    tolerance: float,
+) -> None:
+    """One step of conjugate gradients after the product with H, as ``reference_pcg.pcg_step``; float64 by the twin."""
+    reference_pcg.pcg_step(x, gradient, direction, z, curved, inverse, log, iteration, tolerance)
+
+
+@pcg_step.register_kernel("cuda")
+def _(
+    x: Tensor,
+    gradient: Tensor,
+    direction: Tensor,
+    z: Tensor,
+    curved: Tensor,
+    inverse: Tensor,
+    log: Tensor,
+    iteration: int,
+    tolerance: float,
+) -> None:
+    if not HAS_TRITON or x.dtype != torch.float32:
+        return reference_pcg.pcg_step(x, gradient, direction, z, curved, inverse, log, iteration, tolerance)
+    from kfac_prune_kernels.pcg import pcg_step as kernel
+
+    kernel(x, gradient, direction, z, curved, inverse, log, iteration, tolerance)
+    return None
+
+
+@pcg_step.register_fake
+def _(
+    x: Tensor,
+    gradient: Tensor,
+    direction: Tensor,
+    z: Tensor,
+    curved: Tensor,
+    inverse: Tensor,
+    log: Tensor,
+    iteration: int,
+    tolerance: float,
 ) -> None:
     return None

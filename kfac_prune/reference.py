@@ -234,10 +234,10 @@ def check_block_sweep(
     if weight.dim() != 2 or error.dim() != 2:
         raise ValueError(f"weight and error have {weight.dim()} and {error.dim()} dimensions; {name} needs 2 and 2")
     (rows, columns), width, device = weight.shape, len(error), weight.device
-    _check(name, "weight", weight, (rows, columns), device, rows_apart=True)
-    _check(name, "u", u, (columns, columns), device, rows_apart=True)
-    _check(name, "error", error, (width, rows), device)
-    _check(name, "kept", kept, (width, rows), device, dtype=torch.bool)
+    check_tensor(name, "weight", weight, (rows, columns), device, rows_apart=True)
+    check_tensor(name, "u", u, (columns, columns), device, rows_apart=True)
+    check_tensor(name, "error", error, (width, rows), device)
+    check_tensor(name, "kept", kept, (width, rows), device, dtype=torch.bool)
     if width > BLOCK_COLUMNS or not 0 <= start <= columns - width:
         raise ValueError(
             f"the block is columns {start} to {start + width}; {name} takes at most {BLOCK_COLUMNS} of the {columns}"
@@ -245,7 +245,7 @@ def check_block_sweep(
     if (bits is not None) + (threshold is not None) + (n > 0) != 1:
         raise ValueError(f"{name} needs exactly one of bits, threshold and n:m")
     if bits is not None:
-        _check(name, "bits", bits, (rows, -(-columns // SPAN)), device, dtype=torch.int32)
+        check_tensor(name, "bits", bits, (rows, -(-columns // SPAN)), device, dtype=torch.int32)
         if start % SPAN:
             raise ValueError(f"the block starts at column {start}; with bits it must start at a multiple of {SPAN}")
     if threshold is not None:
@@ -261,7 +261,7 @@ def check_plain(scores: Sequence[Tensor], k: int) -> None:
     if not scores:
         raise ValueError("kth_largest needs at least one tensor")
     for i, part in enumerate(scores):
-        _check("kth_largest", f"scores[{i}]", part, part.shape, scores[0].device)
+        check_tensor("kth_largest", f"scores[{i}]", part, part.shape, scores[0].device)
     _check_rank("kth_largest", k, sum(part.numel() for part in scores))
 
 
@@ -279,8 +279,8 @@ def check_scaled(weights: Sequence[Tensor], scales: Sequence[Tensor], k: int) ->
     for i, (weight, scale) in enumerate(zip(weights, scales, strict=True)):
         if weight.dim() != 2:
             raise ValueError(f"weights[{i}] has shape {tuple(weight.shape)}; kth_largest_scaled needs [out, in]")
-        _check("kth_largest_scaled", f"weights[{i}]", weight, weight.shape, weights[0].device, rows_apart=True)
-        _check("kth_largest_scaled", f"scales[{i}]", scale, weight.shape[1:], weights[0].device)
+        check_tensor("kth_largest_scaled", f"weights[{i}]", weight, weight.shape, weights[0].device, rows_apart=True)
+        check_tensor("kth_largest_scaled", f"scales[{i}]", scale, weight.shape[1:], weights[0].device)
     _check_rank("kth_largest_scaled", k, sum(weight.numel() for weight in weights))
 
 
@@ -289,7 +289,7 @@ def _y(x: Tensor, dual: Tensor, rho: float) -> Tensor:
     return x + dual / torch.full((), rho, dtype=x.dtype, device=x.device)
 
 
-def _check(
+def check_tensor(
     name: str,
     argument: str,
     tensor: Tensor,
@@ -318,7 +318,7 @@ def _check_matrices(name: str, **matrices: Tensor) -> None:
         raise ValueError(f"{first} has shape {tuple(like.shape)}; {name} needs [out, in]")
     for argument, tensor in matrices.items():
         dtype = torch.bool if argument == "mask" else torch.float32
-        _check(name, argument, tensor, like.shape, like.device, dtype=dtype)
+        check_tensor(name, argument, tensor, like.shape, like.device, dtype=dtype)
 
 
 def _check_threshold(name: str, threshold: Tensor, like: Tensor) -> None:

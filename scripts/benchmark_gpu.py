@@ -20,7 +20,7 @@ from benchmark_quality import commit
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from kfac_prune import backend, reference
+from kfac_prune import backend, reference, reference_pcg
 from kfac_prune.baselines.sparsegpt import sweep_by_leaves, sweep_fused
 from kfac_prune.curvature.capture import InputMoments
 from kfac_prune.curvature.estimate import estimate_factors
@@ -30,6 +30,7 @@ from kfac_prune.models import prunable_layers
 from kfac_prune.obs import FAST, NM, Unstructured, compensate, select
 from kfac_prune.operators import Kronecker
 from kfac_prune.plan import make_plan, prune
+from kfac_prune.reference_pcg import Row
 from kfac_prune.report import versions
 
 RHO = 0.37
@@ -131,6 +132,47 @@ def kernels(bench: Bench, n: int, bandwidth: float) -> None:
         bench.row(name, n=n, ms=took, eager_ms=bench.time(eager, 2), floor_ms=floor, relative_error=error)
 
 
+def pcg_steps(bench: Bench, n: int, bandwidth: float) -> None:
+    """A step of conjugate gradients after the product with H: against the twin in float64, eager and the memory floor.
+
+    The vectors are such that the same step can be taken many times and always goes on.
+    """
+    if time.monotonic() > bench.end:
+        return
+    u = torch.rand(n, n, device=bench.device) + 0.5
+    inverse = (torch.rand(n, n, device=bench.device) > 0.5).float()
+    log = torch.zeros(2, len(Row._fields), dtype=torch.float64, device=bench.device)
+    log[0] = log.new_tensor(Row(float((u * u * inverse).double().sum()), 1e12, 0.0, 0, 1))
+    state, curved = [torch.zeros_like(u), u.clone(), 100 * u, torch.empty_like(u)], u.clone()  # X, B, P, Z
+    exact, exact_log = [t.double() for t in (*state, curved, inverse)], log.clone()
+    reference_pcg.pcg_step(*exact, exact_log, 1, 0.0)
+    found, found_log = [t.clone() for t in state], log.clone()
+    backend.pcg_step(*found, curved, inverse, found_log, 1, 0.0)
+    error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, exact, strict=False))
+    error = max(error, float(((found_log - exact_log) / exact_log.abs().clamp_min(1e-30))[1, :3].abs().max()))
+    again = [t.clone() for t in state]
+    backend.pcg_step(*again, curved, inverse, log, 1, 0.0)
+    same = all(torch.equal(a, b) for a, b in zip((*again, log), (*found, found_log), strict=True))
+    took = bench.time(lambda: backend.pcg_step(*state, curved, inverse, log, 1, 0.0))
+    eager = bench.time(lambda: eager_pcg_step(*again, curved, inverse, log[0, 0].float()), 2)
+    floor = 48 * n * n / bandwidth
+    figures = {"relative_error": error, "repeatable": same, "went_on": bool(log[1, -1])}
+    bench.row("pcg_step", n=n, ms=took, eager_ms=eager, floor_ms=floor, **figures)
+
+
+def eager_pcg_step(
+    x: Tensor, gradient: Tensor, direction: Tensor, z: Tensor, curved: Tensor, inverse: Tensor, rz: Tensor
+) -> Tensor:
+    """``reference_pcg.pcg_step`` one operation after another, its scalars on the device; the log is left out."""
+    step = rz / torch.sum(direction * curved)
+    x += step * direction
+    gradient -= step * curved
+    torch.mul(gradient, inverse, out=z)
+    following = torch.sum(gradient * z)
+    torch.add(z, following / rz * direction, out=direction)
+    return following
+
+
 def sweeps(bench: Bench, n: int, u: Tensor) -> None:
     """SparseGPT's sweep by the kernel and by PyTorch, and how often their masks agree."""
     w = torch.randn(n, n, device=bench.device)
@@ -204,7 +246,9 @@ def main() -> None:
     torch.manual_seed(0)
     n, layers, tokens = (64, [(64, 64)], 128) if options.tiny else (4096, [(4096, 4096), (4096, 11008)], 16384)
     bench = Bench(options.out, "cpu" if options.tiny else "cuda", options.seconds)
-    kernels(bench, n, floors(bench, n))
+    bandwidth = floors(bench, n)
+    kernels(bench, n, bandwidth)
+    pcg_steps(bench, n, bandwidth)
     stages(bench, layers, tokens)
     if options.tiny:
         small = LlamaConfig(vocab_size=48, hidden_size=24, intermediate_size=40, num_hidden_layers=2,

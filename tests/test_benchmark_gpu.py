@@ -26,8 +26,20 @@ def test_tiny_run_writes_every_row(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
     assert {row["what"] for row in rows} == {
-        *("floor", "kth_largest_dual", "admm_tail", "admm_tail_nm", "covariance", "cholesky", "admm", "pcg", "sweep"),
+        *(
+            "floor",
+            "kth_largest_dual",
+            "admm_tail",
+            "admm_tail_nm",
+            "pcg_step",
+            "covariance",
+            "cholesky",
+            "admm",
+            "pcg",
+            "sweep",
+        ),
         *("model curvature", "model prune"),
     }
     assert all(row["device"] == "cpu" for row in rows)
+    assert all(row["repeatable"] and row["went_on"] for row in rows if row["what"] == "pcg_step")
     assert all(row["relative_error"] < 1e-3 for row in rows if "relative_error" in row)

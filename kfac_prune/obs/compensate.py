@@ -7,12 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kfac_prune import backend
 from kfac_prune.operators import Curvature
+from kfac_prune.reference_pcg import Row, advance
 
-#: Stop when the last ``WINDOW`` iterations together lowered the objective by less than this fraction of it.
+#: Stop when the last five iterations together lowered the objective by less than this fraction of it.
 TOLERANCE = 3e-4
-WINDOW = 5
 MAX_ITERATIONS = 100
+#: On a GPU the host asks this often whether the stop is reached; the iterations queued beyond it change nothing.
+LOOK_EVERY = 5
+
+#: X, the negative gradient, the direction and Z, each [out, in] and updated in place.
+Vectors = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,35 +61,46 @@ def compensate(
         tolerance: stop when five iterations lower the objective by less than this fraction.
         max_iterations: stop there in any case; the residual reached is reported.
     """
-    x = weight * mask if start is None else start * mask
-    gradient = curvature.apply(weight - x)  # H(W − X), the negative gradient on every weight
+    x = (weight * mask if start is None else start * mask).contiguous()
+    gradient = curvature.apply(weight - x).contiguous()  # H(W − X), the negative gradient on every weight
     diagonal = curvature.diagonal()
-    residual = gradient * mask
-    z = residual / diagonal
-    direction = z
-    rz = torch.sum(residual * z)
-    loss = 0.5 * float(torch.sum((weight - x) * gradient))
-    decreases: list[float] = []
-    while len(decreases) < max_iterations and float(rz) > 0:
-        curved = curvature.apply(direction)
-        energy = torch.sum(direction * curved)
-        if not float(energy) > 0:  # the direction is below the smallest number of the dtype
-            break
-        step = rz / energy
-        x = x + step * direction
-        gradient = gradient - step * curved
-        residual = gradient * mask
-        z = residual / diagonal
-        decreases.append(0.5 * float(step * rz))
-        previous, rz = rz, torch.sum(residual * z)
-        direction = z + (rz / previous) * direction
-        loss -= decreases[-1]
-        if len(decreases) >= WINDOW and sum(decreases[-WINDOW:]) <= tolerance * loss:
-            break
+    inverse = (mask / diagonal).contiguous()  # of the preconditioner, on the kept weights
+    z = gradient * inverse
+    rz, loss = float(torch.sum(gradient * z)), 0.5 * float(torch.sum((weight - x) * gradient))
+    run = _queued if x.is_cuda else _watched
+    begin = Row(rz, loss, 0.0, 0, rz > 0)
+    end = run(curvature, (x, gradient, z.clone(), z), inverse, begin, tolerance, max_iterations)
     total = float(torch.sum(gradient.square() / diagonal))
     return Compensation(
         weight=x,
         loss=max(0.5 * float(torch.sum((weight - x) * gradient)), 0.0),
-        kkt=(float(rz) / total) ** 0.5 if total > 0 else 0.0,
-        iterations=len(decreases),
+        kkt=(end.rz / total) ** 0.5 if total > 0 else 0.0,
+        iterations=int(end.iterations),
     )
+
+
+def _watched(
+    curvature: Curvature, state: Vectors, inverse: Tensor, begin: Row, tolerance: float, max_iterations: int
+) -> Row:
+    """The loop on a CPU, which looks after every iteration; updates the state, returns the last row."""
+    rows = [begin]
+    while rows[-1].running and len(rows) <= max_iterations:
+        curved = curvature.apply(state[2]).contiguous()
+        rows.append(advance(*state, curved, inverse, rows, tolerance))
+    return rows[-1]
+
+
+def _queued(
+    curvature: Curvature, state: Vectors, inverse: Tensor, begin: Row, tolerance: float, max_iterations: int
+) -> Row:
+    """``_watched`` for a GPU: no iteration waits for the host."""
+    log = inverse.new_empty(max_iterations + 1, len(Row._fields), dtype=torch.float64)
+    log[0] = log.new_tensor(begin)
+    row, done = begin, 0
+    while row.running and done < max_iterations:
+        done += 1
+        curved = curvature.apply(state[2]).contiguous()
+        backend.pcg_step(*state, curved, inverse, log, done, tolerance)
+        if done % LOOK_EVERY == 0 or done == max_iterations:
+            row = Row(*log[done].tolist())
+    return row
