@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kfac_prune.config import BASELINES, Recipe, parse_pattern
+from kfac_prune.config import BASELINES, SEQUENCE_METHODS, Recipe, parse_pattern
 from kfac_prune.curvature.estimate import estimate_factors, participants
+from kfac_prune.curvature.sequences import SequenceFisher, check_memory
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.export import save_model, save_side_files, verify_saved
@@ -155,7 +156,10 @@ def _mask(job: Job) -> Outcome:
     recipe, model, layers, stages = job.recipe, job.model, job.layers, job.stages
     options: Any = {"batch_size": recipe.batch_size, "quiet": job.quiet}
     measured: Any = {"objective": job.objective, **options}
-    fisher: Any = recipe.fisher  # the recipe has checked it
+    fisher: Any = recipe.fisher  # the recipe has checked it, and the method
+    method: Any = recipe.method
+    if method in SEQUENCE_METHODS:
+        check_memory(method, layers, job.calibration, job.objective)
     estimate = partial(
         estimate_factors, model, layers, job.calibration, fisher=fisher, seed=recipe.seed, **measured
     )  # fmt: skip
@@ -165,7 +169,6 @@ def _mask(job: Job) -> Outcome:
     assert recipe.sparsity is not None
     assert recipe.allocation is not None
     assert recipe.damping is not None
-    method: Any = recipe.method  # the recipe has checked it
     pattern, damping = NM(*groups) if groups else None, Damping(recipe.damping)
     permuted: list[Permuted] = []
     if recipe.permute:
@@ -178,10 +181,16 @@ def _mask(job: Job) -> Outcome:
                 pattern,
                 job.calibration,
                 objective=job.objective,
-                method="layerwise" if method in BASELINES else method,
+                method="layerwise" if method in BASELINES else "kfac" if method in SEQUENCE_METHODS else method,
                 damping=damping,
                 seed=recipe.seed,
             )
+    sequences = None
+    if method in SEQUENCE_METHODS:
+        sequences = SequenceFisher(
+            method, model, layers, factors, job.calibration,
+            objective=job.objective, fisher=fisher, seed=recipe.seed, quiet=job.quiet,
+        )  # fmt: skip
     with stages("plan"):
         plan = make_plan(
             layers,
@@ -193,6 +202,7 @@ def _mask(job: Job) -> Outcome:
             damping=damping,
             probe=Probe.on(model, job.calibration, recipe.batch_size, job.objective),
             estimate=estimate,
+            sequences=sequences,
             quiet=job.quiet,
         )
         job.echo(plan.table(job.objective.unit))
