@@ -105,7 +105,10 @@ def make_plan(
     if missing:
         raise InputError(f"no curvature was estimated for layer {missing[0]} ({len(missing)} layers in all)")
     if method in STATISTICS and (sequences is None or sequences.method != method):
-        raise InputError(f"method {method} needs the gradients of whole sequences; give make_plan its SequenceFisher")
+        raise InputError(
+            f"method {method} needs the gradients of whole sequences; give make_plan a SequenceFisher "
+            "(kfac_prune.curvature.sequences) for it"
+        )
     problems = Problems(factors, method, damping or Damping(), sequences)
     if sparsity is None:
         sparsity = 0.5 if pattern is None else float(pattern.sparsity)

@@ -66,7 +66,7 @@ def setting(**padded):
     return model, layers, windows, estimate_factors(model, layers, windows), layer
 
 
-def undamped(curvature, relative=DAMPING.relative):
+def undamped(curvature, relative):
     """F from ``F + D mean(diag F) I``, float64."""
     h = curvature.to_dense().double()
     return h - relative / (1 + relative) * float(h.diagonal().mean()) * torch.eye(len(h), dtype=h.dtype)
@@ -137,7 +137,7 @@ def test_m_fac_is_the_whole_fisher(padded, near):
     model, layers, windows, factors, layer = setting(**padded)
     curvature, records = SequenceFisher("m-fac", model, layers, factors, windows).operator(layer, DAMPING)
     expected = dense_fisher(by_hooks(model, layers, windows, 0)[layer.name], windows.tokens)
-    near(undamped(curvature), expected, FLOAT32)
+    near(undamped(curvature, 0.5), expected, FLOAT32)
     assert records == [DampingRecord("H", 0.5)]
 
 
@@ -147,12 +147,15 @@ def test_woodfisher_is_its_blocks(size, near, monkeypatch):
     monkeypatch.setattr(under_test, "BLOCK", size)
     monkeypatch.setattr(under_test, "AT_A_TIME", 2)
     model, layers, windows, factors, layer = setting(lengths=LENGTHS)
-    curvature, records = SequenceFisher("woodfisher", model, layers, factors, windows).operator(layer, DAMPING)
+    curvature, records = SequenceFisher("woodfisher", model, layers, factors, windows).operator(layer, Damping(0.08))
     expected = dense_fisher(by_hooks(model, layers, windows, 0)[layer.name], windows.tokens)
     row, column = torch.arange(12 * 24) // 24, torch.arange(12 * 24) % 24
     together = (row == row[:, None]) & (column // size == (column // size)[:, None])
-    near(undamped(curvature), expected * together, FLOAT32)
-    assert records == [DampingRecord("H", 0.5)]
+    near(undamped(curvature, 0.8), expected * together, FLOAT32)
+    assert records == [DampingRecord("H", 0.8)]
+    with_more, records = SequenceFisher("woodfisher", model, layers, factors, windows).operator(layer, DAMPING)
+    near(undamped(with_more, 1.0), expected * together, FLOAT32)
+    assert records == [DampingRecord("H", 1.0)]
 
 
 def test_ek_fac_is_the_nearest_with_k_facs_eigenvectors(near):
@@ -161,9 +164,9 @@ def test_ek_fac_is_the_nearest_with_k_facs_eigenvectors(near):
     fisher = dense_fisher(by_hooks(model, layers, windows, 0)[layer.name], windows.tokens)
     one = factors.layers[layer.name]
     basis = torch.kron(*(torch.linalg.eigh(f.double()).eigenvectors.contiguous() for f in (one.g, one.a)))
-    near(undamped(curvature), basis * (basis.T @ fisher @ basis).diagonal() @ basis.T, 10 * FLOAT32)
+    near(undamped(curvature, 0.5), basis * (basis.T @ fisher @ basis).diagonal() @ basis.T, 10 * FLOAT32)
     kfac = Kronecker(one.a.double(), one.g.double()).to_dense()
-    assert (undamped(curvature) - fisher).norm() < (kfac - fisher).norm()
+    assert (undamped(curvature, 0.5) - fisher).norm() < (kfac - fisher).norm()
     assert records == [DampingRecord("H", 0.5)]
 
 
@@ -181,7 +184,7 @@ def test_its_quadratic_is_the_kl_in_nats_per_unit(kind):
     """½⟨D, F D⟩ over many labels, and the KL that small changes of the weights cause, tokens counted over lengths."""
     model, name, objective = (build("llama"), K_PROJ, CAUSAL) if kind == "tokens" else tiny_bert()
     few = random_windows(2, 8, lengths=(8, 3))
-    draws = 100 // (1 if kind == "tokens" else SEQUENCE_DRAWS)
+    draws = 60 // (1 if kind == "tokens" else SEQUENCE_DRAWS)
     many = Windows(few.input_ids.repeat(draws, 1), few.attention_mask.repeat(draws, 1))
     layers = [layer for layer in prunable_layers(model) if layer.name == name]
     factors = estimate_factors(model, layers, few, objective=objective)
@@ -202,7 +205,7 @@ def test_its_quadratic_is_the_kl_in_nats_per_unit(kind):
         weight.data = dense + change
         measured += float((p.exp() * (p - outputs())).sum(-1).mean())
         predicted += 0.5 * float((change * fisher.apply(change.float())).sum())
-    assert predicted == pytest.approx(measured, rel=0.25)
+    assert predicted == pytest.approx(measured, rel=0.3)
 
 
 # --- groups of layers, and the limit
@@ -258,7 +261,7 @@ def test_a_plan_takes_it_as_any_curvature(family, method):
         for made, layer in zip(plan.layers, layers, strict=True):
             assert not made.weight[~made.mask].any()
             assert made.kkt < 0.1
-            assert made.damping == (DampingRecord("H", 0.03),)
+            assert made.damping == (DampingRecord("H", 0.3 if method == "woodfisher" else 0.03),)
             assert made.bias is layer.bias or torch.equal(made.bias, layer.bias)
     assert len({layer.sparsity for layer in plan.layers}) > 1
 
@@ -347,7 +350,7 @@ def test_compare_takes_them_as_methods(here, monkeypatch):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 @pytest.mark.parametrize("method", STATISTICS)
-def test_refusals(here, capsys, method, options, told):
+def test_refusals(capsys, method, options, told):
     assert main(["prune", "model", *OPTIONS, "--method", method, *options]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1

@@ -28,14 +28,18 @@ from kfac_prune.fisher import FisherType
 from kfac_prune.models import Layer
 from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.operators import BlockDiagonal, Curvature, Damping, DampingRecord, EigenKronecker, LowRank
+from kfac_prune.operators.damping import MAX_RELATIVE
 from kfac_prune.operators.eigen_kronecker import eigenbasis
 
 SequenceMethod = Literal["woodfisher", "m-fac", "ek-fac"]
 #: Consecutive weights of a row that interact under WoodFisher (oBERT takes 50).
 BLOCK = 64
+#: WoodFisher's damping over that of the others. On validation text, increase of loss at 2:4 with D = 0.03 and 0.3:
+#: stories260K 2.83 and 2.29, chargpt 0.223 and 0.204. EK-FAC loses by it, to M-FAC it makes little difference.
+BLOCK_DAMPING = 10
 #: Gradients whose outer products are added to the blocks at a time.
 AT_A_TIME = 8
-#: Bytes that the statistics of a group of layers may take; the solver needs some six times its one layer's besides.
+#: Bytes that the statistics of a group of layers may take; the solver needs some eight times its layer's besides.
 BUDGET = 4 * 2**30
 
 
@@ -62,11 +66,14 @@ class Statistic(ABC):
 
     @abstractmethod
     def operator(self, damping: Damping, *, where: str) -> tuple[Curvature, DampingRecord]:
-        """``F + D · mean(diag F) · I`` in the method's form, and the record of the damping."""
+        """``F + D · mean(diag F) · I`` in the method's form, and the record of D; D is the damping's unless stated."""
 
 
 class Blocks(Statistic):
-    """The blocks of F along the rows of W (WoodFisher, Singh & Alistarh 2020, eq. 6; oBERT, Kurtic et al. 2022)."""
+    """The blocks of F along the rows of W (WoodFisher, Singh & Alistarh 2020, eq. 6; oBERT, Kurtic et al. 2022).
+
+    Damped ten times as much as asked for, and at most by the mean diagonal.
+    """
 
     def __init__(self, layer: Layer, factors: LayerFactors, count: int) -> None:
         self._shape = layer.shape
@@ -100,6 +107,7 @@ class Blocks(Statistic):
     def operator(self, damping: Damping, *, where: str) -> tuple[BlockDiagonal, DampingRecord]:
         """As ``Statistic``."""
         self._flush()
+        damping = Damping(min(BLOCK_DAMPING * damping.relative, MAX_RELATIVE))
         blocks, record = damping(self._blocks, name="H", where=where, entries=self._shape[0] * self._shape[1])
         return BlockDiagonal(blocks, self._shape), record
 
