@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from kfac_prune.allocate import LossCurve
 from kfac_prune.curvature.estimate import Factors, estimate_factors
+from kfac_prune.curvature.sequences import STATISTICS, SequenceFisher
 from kfac_prune.data import Windows
 from kfac_prune.fisher import FisherType
 from kfac_prune.models import Layer, WeightSwap, prunable_layers
@@ -90,6 +91,16 @@ class Bench:
             seed=self.seed,
             batch_size=self.batch_size,
             quiet=self.quiet,
+        )
+
+    def _sequences(
+        self, method: Any, model: PreTrainedModel, layers: Sequence[Layer], factors: Factors
+    ) -> SequenceFisher | None:
+        """What a method needs besides the factors."""
+        if method not in STATISTICS:
+            return None
+        return SequenceFisher(
+            method, model, layers, factors, self.calibration, fisher=self.fisher, seed=self.seed, quiet=self.quiet
         )
 
     @cached_property
@@ -170,6 +181,7 @@ class Bench:
                 curves=curves,
                 probe=self.probe(model) if method == "kfac" else None,
                 estimate=lambda: self._estimate(model, layers),
+                sequences=self._sequences(method, model, layers, factors),
                 quiet=self.quiet,
             )
         shared = {name: self.seconds[name] for name in SHARED_STAGES if name in self.seconds}

@@ -15,7 +15,8 @@ from typing import Any
 
 from kfac_prune.bench import Bench, PrunedCopy
 from kfac_prune.compare_report import Row, label_of, own_seconds, picture, table
-from kfac_prune.config import parse_pattern
+from kfac_prune.config import SEQUENCE_METHODS, parse_pattern
+from kfac_prune.curvature.sequences import check_memory
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.figures import HOW_TO_GET
@@ -60,6 +61,10 @@ def compare(comparison: Comparison, *, echo: Callable[[str], None] = print, quie
         )
     start = time.perf_counter()
     inputs = load_inputs(recipe, objective, echo)
+    methods: Any = dict.fromkeys(trial.recipe.method for trial in comparison.trials(recipe.seed))
+    for method in methods:
+        if method in SEQUENCE_METHODS:
+            check_memory(method, inputs.layers, inputs.calibration, objective)
     ledger = _ledger(folder / CELLS, comparison, inputs)
     wanted = [(trial, repair) for seed in _seeds(comparison) for trial in comparison.trials(seed)
               for repair in comparison.repairs]  # fmt: skip

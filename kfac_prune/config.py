@@ -12,20 +12,24 @@ import yaml
 
 from kfac_prune.errors import InputError
 
-METHODS = ("kfac", "layerwise", "obd", "magnitude", "sparsegpt", "wanda", "alps", "llm-surgeon")
-#: Those that prune single weights only.
+#: Curvatures from the gradients of whole sequences, for single weights only.
+SEQUENCE_METHODS = ("ek-fac", "woodfisher", "m-fac")
+#: Methods of the field, for single weights only.
 BASELINES = ("sparsegpt", "wanda", "alps", "llm-surgeon")
+METHODS = ("kfac", "layerwise", "obd", "magnitude", *SEQUENCE_METHODS, *BASELINES)
 #: Added to each curvature factor, as a fraction of its mean diagonal, where the recipe leaves it open.
 DAMPING, STRUCTURED_DAMPING = 0.03, 0.001
 #: Epochs of the reconstruction, where the recipe leaves them open and there are windows enough.
 RECONSTRUCT = 8
 KINDS = ("ffn", "heads")
-#: What each method can allocate by. Only G ⊗ A puts the losses of different layers into one unit.
+#: What each method can allocate by. Loss curves there are for G ⊗ A alone; global thresholds where the curvature is an
+#: estimate of the Fisher (or, for magnitude, by custom).
 ALLOCATIONS = {
     "kfac": ("curves", "uniform", "global"),
     "layerwise": ("uniform",),
     "obd": ("uniform", "global"),
     "magnitude": ("uniform", "global", "owl"),
+    **dict.fromkeys(SEQUENCE_METHODS, ("uniform", "global")),
     "sparsegpt": ("uniform", "owl"),
     "wanda": ("uniform", "owl"),
     "alps": ("uniform", "owl"),
@@ -132,7 +136,8 @@ class Recipe:
     )
     method: str = _option(
         "kfac",
-        "curvature: kfac = G x A (Optimal Brain Surgeon), layerwise = I x A, obd = its diagonal, magnitude = I; "
+        "curvature: kfac = G x A (Optimal Brain Surgeon), layerwise = I x A, obd = its diagonal, magnitude = I; from "
+        "gradients of whole sequences ek-fac = K-FAC's eigenvectors, woodfisher = blocks, m-fac = low rank; "
         "or sparsegpt, wanda, alps, llm-surgeon, as in their papers, to compare with",
         choices=METHODS,
     )
@@ -233,7 +238,7 @@ class Recipe:
             )
         if self.offload:
             whole = {"structured": self.structured, "recover_epochs": self.recover_epochs}
-            whole |= {"shots": (self.shots or 1) > 1, "method": self.method == "llm-surgeon"}
+            whole |= {"shots": (self.shots or 1) > 1, "method": self.method in (*SEQUENCE_METHODS, "llm-surgeon")}
             if given := [name for name, value in whole.items() if value]:
                 what = f"{given[0]} {getattr(self, given[0])}"
                 raise InputError(f"offload brings single blocks to the device; {what} needs the whole model there")
@@ -250,8 +255,8 @@ class Recipe:
             )
         if self._partly_dense and "curves" not in ALLOCATIONS[self.method]:
             raise InputError(
-                f"sparsity {self.sparsity} is less than pattern {self.pattern} removes: losses tell which layers stay "
-                f"dense, and those of method {self.method} do not compare across layers; use kfac or leave sparsity out"
+                f"sparsity {self.sparsity} is less than pattern {self.pattern} removes: measured losses tell which "
+                f"layers stay dense, and method {self.method} has none; use kfac or leave sparsity out"
             )
         if self.allocation is None:
             return
@@ -259,9 +264,9 @@ class Recipe:
             allowed = f"use {' or '.join(ALLOCATIONS[self.method])}"
             if self.allocation == "owl":
                 raise InputError(f"allocation owl is not for method {self.method}, whose losses tell more; {allowed}")
+            needs = "loss curves" if self.allocation == "curves" else "losses that compare across layers"
             raise InputError(
-                f"allocation {self.allocation} needs losses that compare across layers, which method {self.method} "
-                f"does not give; {allowed}"
+                f"allocation {self.allocation} needs {needs}, which method {self.method} does not give; {allowed}"
             )
         only = "curves" if self._partly_dense else "uniform"
         if implied is not None and self.allocation != only:
@@ -290,15 +295,15 @@ class Recipe:
                 raise InputError(f"{given[0]} is an option of structured pruning; add structured, such as 'ffn,heads'")
             if self.shots is not None and self.shots > 1 and self.method != "kfac":
                 raise InputError(
-                    f"shots is {self.shots}, and method {self.method} has no curvature in the loss' own unit "
-                    "to correct a sparse model by; use kfac, or one shot"
+                    f"shots is {self.shots}, and method {self.method} does not correct a sparse model; use kfac, or "
+                    "one shot"
                 )
             return
         kinds = self.kinds
         if not kinds or len(set(kinds)) < len(kinds) or not set(kinds) <= set(KINDS):
             raise InputError(f"structured is {self.structured!r}; it must be 'ffn', 'heads' or 'ffn,heads'")
-        if self.method in BASELINES:
-            others = " or ".join(m for m in METHODS if m not in BASELINES)
+        if self.method in (*BASELINES, *SEQUENCE_METHODS):
+            others = " or ".join(m for m in METHODS if m not in (*BASELINES, *SEQUENCE_METHODS))
             raise InputError(f"method {self.method} prunes single weights, structured removes units; use {others}")
         if self.pattern != "unstructured" or self.allocation is not None:
             name = "pattern" if self.pattern != "unstructured" else "allocation"

@@ -7,20 +7,33 @@ from torch import Tensor
 
 from kfac_prune import backend
 
+#: Small matrices that are factorised at a time, for the sake of memory.
+AT_A_TIME = 1024
+
 
 def shifted(matrix: Tensor, shift: float | Tensor) -> Tensor:
-    """``M + shift·I`` as a new matrix [n, n]."""
+    """``M + shift·I`` as a new matrix [n, n], or of several [k, n, n]."""
     result = matrix.clone()
-    result.diagonal().add_(shift)
+    result.diagonal(dim1=-2, dim2=-1).add_(shift)
     return result
 
 
+def is_definite(matrix: Tensor) -> bool:
+    """Whether a symmetric matrix [n, n], or each of several [k, n, n], has a Cholesky factor in float64."""
+    parts = matrix.reshape(-1, *matrix.shape[-2:]).split(AT_A_TIME)
+    return all(int(torch.linalg.cholesky_ex(part.double()).info.abs().max()) == 0 for part in parts)
+
+
 def inverse_from_cholesky(matrix: Tensor) -> Tensor:
-    """``M⁻¹`` [n, n] of a symmetric positive definite matrix, factorised in float64, returned in M's dtype.
+    """``M⁻¹`` of a symmetric positive definite matrix [n, n], or of several [k, n, n], in M's dtype.
+
+    Factorised in float64, several a thousand at a time.
 
     Raises:
         torch.linalg.LinAlgError: M is not positive definite.
     """
+    if matrix.ndim > 2 and len(matrix) > AT_A_TIME:
+        return torch.cat([inverse_from_cholesky(part) for part in matrix.split(AT_A_TIME)])
     factor = torch.linalg.cholesky(matrix.double())
     return torch.cholesky_inverse(factor).to(matrix.dtype)
 

@@ -6,43 +6,37 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from kfac_prune import ranks
-from kfac_prune.config import BASELINES, Recipe, parse_pattern
+from kfac_prune.config import BASELINES, SEQUENCE_METHODS, Recipe, parse_pattern
 from kfac_prune.curvature.estimate import Factors, estimate_factors, participants
-from kfac_prune.data import Windows
-from kfac_prune.errors import InputError
+from kfac_prune.curvature.sequences import SequenceFisher, check_memory
 from kfac_prune.export import save_model, save_side_files, verify_saved
 from kfac_prune.inputs import (
-    has_writers,
-    load_inputs,
     resolve_device,
 )
-from kfac_prune.inspect_model import coverage
+from kfac_prune.job import Job, Outcome, begin
 from kfac_prune.models import (
     Layer,
     head_of,
-    load_config,
     prunable_layers,
 )
-from kfac_prune.objective import Objective, find_objective
 from kfac_prune.obs import NM
 from kfac_prune.operators import Damping
 from kfac_prune.permute import Permuted, permute_model
 from kfac_prune.plan import make_plan, prune
 from kfac_prune.probe import Probe
-from kfac_prune.quality import Quality, evaluate
+from kfac_prune.quality import evaluate
 from kfac_prune.reconstruction import Reconstructed, Reconstruction, reconstruct_sparse, table
 from kfac_prune.recovery import recover
 from kfac_prune.refitting import Refitted, refit
 from kfac_prune.report import (
-    Stages,
     model_card,
     plan_record,
     recovery_record,
@@ -52,38 +46,12 @@ from kfac_prune.report import (
 )
 from kfac_prune.resume import Planned, journal_of, read_planned, write_planned
 from kfac_prune.shots import Correction, correct, shots_of
-from kfac_prune.store import check_output, clear_work, new_folder, work_folder
+from kfac_prune.store import clear_work, new_folder, work_folder
 from kfac_prune.structure.latency import latency_target, speeds
 from kfac_prune.structure.prune import Settings, find_groups, parameters_target, prune_structured, weights_target
 from kfac_prune.structure.repair import reconstruct_smaller
 
 logger = logging.getLogger("kfac_prune")
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every kind of run begins with."""
-
-    recipe: Recipe
-    stages: Stages
-    echo: Callable[[str], None]
-    quiet: bool
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    objective: Objective
-    layers: list[Layer]
-    calibration: Windows
-    held_out: Windows
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What every kind of run ends with: a model, its quality and the dense one's, and its own part of the record."""
-
-    model: PreTrainedModel
-    dense: Quality
-    pruned: Quality
-    record: dict[str, Any]
 
 
 def run(recipe: Recipe, *, echo: Callable[[str], None] = logger.info, quiet: bool = True) -> dict[str, Any]:
@@ -106,7 +74,7 @@ def run(recipe: Recipe, *, echo: Callable[[str], None] = logger.info, quiet: boo
     recipe = replace(recipe.resolved(), device=resolve_device(recipe.device))
     if not ranks.leads():
         echo, quiet = _silent, True
-    job = _load(recipe, echo, quiet)
+    job = begin(recipe, echo, quiet)
     if not recipe.resume and ranks.leads():
         clear_work(recipe.out)
     outcome = _shrink(job) if recipe.structured else _mask(job)
@@ -148,40 +116,19 @@ def _written(job: Job, outcome: Outcome) -> dict[str, Any]:
     return record
 
 
-def _load(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
-    """Model and text, with every check that needs no long work."""
-    check_output(recipe.out, overwrite=recipe.overwrite)
-    config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
-    objective = find_objective(recipe.objective, recipe.model, config)
-    if recipe.fisher != "sampled" and objective.unit == "sequence":
-        raise InputError(f"the text holds no labels for the objective {objective.name}; fisher can only be sampled")
-    stages = Stages(echo)
-    with stages("load"):
-        loaded = load_inputs(recipe, objective, echo)
-        model, layers, calibration = loaded.model, loaded.layers, loaded.calibration
-        room = 1.1 if recipe.structured else 4  # with what is left for --resume: plan, dense weights, trained blocks
-        check_output(recipe.out, overwrite=recipe.overwrite, need_bytes=int(room * model.get_memory_footprint()))
-    echo(coverage(model, layers))
-    if len(calibration) < ranks.count():
-        raise InputError(
-            f"{ranks.count()} processes share {len(calibration)} calibration windows; add --samples, or start fewer"
-        )
-    if recipe.refit and not has_writers(model, calibration):
-        echo(f"no refit: the blocks of {type(model).__name__} normalise what they add to the residual stream")
-        recipe = replace(recipe, refit=False)
-    return Job(recipe, stages, echo, quiet, model, loaded.tokenizer, objective, layers, calibration, loaded.held_out)
-
-
 def _planned(job: Job, estimate: Callable[[], Factors], pattern: NM | None, damping: Damping) -> Planned:
     """Curvature, order of channels and plan, or what an interrupted run has left of them."""
     recipe, model, layers, stages = job.recipe, job.model, job.layers, job.stages
-    method: Any = recipe.method  # the recipe has checked it
+    method: Any = recipe.method  # the recipe has checked it, and the Fisher
+    fisher: Any = recipe.fisher
     assert recipe.sparsity is not None
     assert recipe.allocation is not None
     journal = journal_of(recipe, model, job.calibration) if ranks.leads() else None
     if recipe.resume and (finished := read_planned(journal, model)) is not None:
         job.echo("- plan: as the interrupted run left it")
         return finished
+    if method in SEQUENCE_METHODS:
+        check_memory(method, layers, job.calibration, job.objective)
     with stages("curvature"):
         factors = estimate()
     permuted: list[Permuted] = []
@@ -195,10 +142,16 @@ def _planned(job: Job, estimate: Callable[[], Factors], pattern: NM | None, damp
                 pattern,
                 job.calibration,
                 objective=job.objective,
-                method="layerwise" if method in BASELINES else method,
+                method="layerwise" if method in BASELINES else "kfac" if method in SEQUENCE_METHODS else method,
                 damping=damping,
                 seed=recipe.seed,
             )
+    sequences = None
+    if method in SEQUENCE_METHODS:
+        sequences = SequenceFisher(
+            method, model, layers, factors, job.calibration,
+            objective=job.objective, fisher=fisher, seed=recipe.seed, quiet=job.quiet,
+        )  # fmt: skip
     with stages("plan"):
         plan = make_plan(
             layers,
@@ -210,6 +163,7 @@ def _planned(job: Job, estimate: Callable[[], Factors], pattern: NM | None, damp
             damping=damping,
             probe=Probe.on(model, job.calibration, recipe.batch_size, job.objective),
             estimate=estimate,
+            sequences=sequences,
             quiet=job.quiet,
         )
     planned = Planned(plan, factors, permuted)

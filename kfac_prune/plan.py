@@ -15,6 +15,7 @@ from kfac_prune.allocate import LossCurve, allocate, least_subset
 from kfac_prune.baselines import llm_surgeon, owl
 from kfac_prune.config import ALLOCATIONS
 from kfac_prune.curvature.estimate import Factors
+from kfac_prune.curvature.sequences import STATISTICS, SequenceFisher
 from kfac_prune.errors import InputError
 from kfac_prune.linalg import kth_largest
 from kfac_prune.models import Layer, WeightSwap
@@ -79,6 +80,7 @@ def make_plan(
     curves: Mapping[str, LossCurve] | None = None,
     probe: Probe | None = None,
     estimate: Callable[[], Factors] | None = None,
+    sequences: SequenceFisher | None = None,
     quiet: bool = True,
 ) -> Plan:
     """Decide every layer's sparsity, select its mask and solve for its weights. The model is not changed.
@@ -97,12 +99,18 @@ def make_plan(
             the predictions as they are.
         estimate: gives the factors of the model as it is at that moment, for methods that prune it in several shots;
             it is dense again afterwards.
+        sequences: the curvatures of ``method`` "ek-fac", "woodfisher" or "m-fac".
         quiet: show no progress bars.
     """
     missing = [layer.name for layer in layers if layer.name not in factors.layers]
     if missing:
         raise InputError(f"no curvature was estimated for layer {missing[0]} ({len(missing)} layers in all)")
-    problems = Problems(factors, method, damping or Damping())
+    if method in STATISTICS and (sequences is None or sequences.method != method):
+        raise InputError(
+            f"method {method} needs the gradients of whole sequences; give make_plan a SequenceFisher "
+            "(kfac_prune.curvature.sequences) for it"
+        )
+    problems = Problems(factors, method, damping or Damping(), sequences)
     if sparsity is None:
         sparsity = 0.5 if pattern is None else float(pattern.sparsity)
     target: int | None = None  # weights to remove where a pattern is to leave some layers dense

@@ -13,12 +13,13 @@ from tqdm import tqdm
 from kfac_prune import ranks
 from kfac_prune.baselines import alps, sparsegpt, wanda
 from kfac_prune.curvature.estimate import Factors, Method
+from kfac_prune.curvature.sequences import STATISTICS, SequenceFisher, SequenceMethod
 from kfac_prune.models import Layer
 from kfac_prune.obs import NM, Pattern, Unstructured, solve
 from kfac_prune.operators import Curvature, Damping, DampingRecord, quadratic_loss
 
 #: How a layer can be pruned: by one of the curvatures, or by a method of the field.
-PruningMethod = Method | Literal["sparsegpt", "alps", "wanda", "llm-surgeon"]
+PruningMethod = Method | SequenceMethod | Literal["sparsegpt", "alps", "wanda", "llm-surgeon"]
 #: Those that see one layer's A alone and leave its bias.
 LAYERWISE_SOLVERS = {"sparsegpt": sparsegpt, "alps": alps}
 
@@ -64,16 +65,22 @@ class Problems:
         factors: of all layers.
         method: by which layers are pruned.
         damping: of the factors.
+        sequences: the curvatures of the methods that need the gradients of whole sequences; None for all others.
     """
 
     factors: Factors
     method: PruningMethod
     damping: Damping
+    sequences: SequenceFisher | None = None
 
     def __call__(self, layer: Layer) -> tuple[Tensor, Curvature, list[DampingRecord]]:
         """W [out, in] in float32, its curvature, and what damping that took; for methods with a curvature."""
-        method: Any = self.method  # callers know that it is one of ``Method``
-        operator, records = self.factors.layers[layer.name].operator(method, self.damping, where=layer.name)
+        if self.method in STATISTICS:
+            assert self.sequences is not None
+            operator, records = self.sequences.operator(layer, self.damping)
+        else:
+            method: Any = self.method  # callers know that it is one of ``Method``
+            operator, records = self.factors.layers[layer.name].operator(method, self.damping, where=layer.name)
         return self._weight(layer), operator, records
 
     def _weight(self, layer: Layer) -> Tensor:

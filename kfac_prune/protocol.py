@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from kfac_prune.config import ALLOCATIONS, METHODS, Recipe, parse_pattern
+from kfac_prune.config import ALLOCATIONS, METHODS, SEQUENCE_METHODS, Recipe, parse_pattern
 from kfac_prune.errors import InputError
 
-#: Compared where nothing else is asked for: all by their own allocation, and the other ones that are known.
-COMPARED = (*METHODS, "magnitude:global", "obd:global", "wanda:owl", "sparsegpt:owl")
+#: Compared where nothing else is asked for: all by their own allocation, and the other ones that are known; but not
+#: those that need every sequence's gradient, and with it more memory than a large model leaves.
+COMPARED = (
+    *(m for m in METHODS if m not in SEQUENCE_METHODS), "magnitude:global", "obd:global", "wanda:owl", "sparsegpt:owl"
+)  # fmt: skip
 LEVELS = ("50%", "60%", "70%", "80%", "2:4")
 #: What follows the one-shot solution.
 REPAIRS = ("none", "reconstruction")

@@ -38,6 +38,32 @@ def test_adds_the_multiple_of_the_mean_diagonal(n, relative, dtype):
     assert record == DampingRecord("A", relative, raised=False, smallest_eigenvalue=None)
 
 
+def test_blocks_share_one_shift():
+    """Of the mean over the entries that are weights; the last rows of the second block are none."""
+    blocks = torch.stack([spd(4, seed=1), 5 * spd(4, seed=2), spd(4, seed=3)])
+    blocks[1, 2:] = blocks[1, :, 2:] = 0
+    damped, record = Damping(0.1)(blocks, name="H", where=WHERE, entries=10)
+    shift = 0.1 * float(blocks.diagonal(dim1=1, dim2=2).sum()) / 10
+    assert_close(damped, blocks + shift * eye(4))
+    assert record == DampingRecord("H", 0.1)
+
+
+def test_the_worst_block_raises_it():
+    blocks = torch.stack([spd(3), with_eigenvalues([-0.2, 0.5, 2.7])])
+    mean = float(blocks.diagonal(dim1=1, dim2=2).mean())
+    damped, record = Damping(0.03)(blocks, name="H", where=WHERE)
+    assert (record.relative, record.raised) == (0.3, True)
+    assert record.smallest_eigenvalue == pytest.approx(-0.2)
+    assert_close(damped, blocks + 0.3 * mean * eye(3))
+
+
+@pytest.mark.parametrize("mean", [0.0, -1.0, math.nan, math.inf])
+def test_of_a_mean_that_says_nothing(mean):
+    assert Damping(0.2).of_mean(3.0, name="H", where=WHERE) == (pytest.approx(0.6), DampingRecord("H", 0.2))
+    with pytest.raises(InputError, match=f"layer {WHERE}: its curvature factor H"):
+        Damping(0.2).of_mean(mean, name="H", where=WHERE)
+
+
 def test_default():
     _, record = Damping()(spd(3), name="G", where=WHERE)
     assert (record.factor, record.relative) == ("G", 0.03)

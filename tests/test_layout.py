@@ -36,7 +36,7 @@ LAYERS = (
     ("structure", "recovery"),
     ("permute",),
     ("report", "bench", "inspect_model", "inputs", "resume", "theory"),
-    ("demo", "compare_report"),
+    ("demo", "compare_report", "job"),
     ("pipeline", "measurement", "compare"),
     ("cli",),
     ("__init__", "__main__"),

@@ -151,15 +151,14 @@ def estimate_factors(
     """
     if windows.tokens == 0:
         raise InputError("the calibration windows hold no token: every position is masked")
-    samples = SEQUENCE_DRAWS if objective.unit == "sequence" else 1
-    draws = [objective.draws(model, windows, seed * samples + i) for i in range(samples)]
-    sequences = len(windows) * samples if objective.unit == "sequence" else None
+    draws = draw_all(model, windows, objective, seed)
+    sequences = len(windows) * len(draws) if objective.unit == "sequence" else None
     names, blocks = find_blocks(model, layers)
     capture = FactorCapture(layers, dict(zip(names, blocks, strict=True)), per_sequence=sequences is not None)
     device = model.device
     batches = ranks.share(list(windows.batches(max(min(batch_size, len(windows) // ranks.count()), 1))))
     seen = sum(len(batch.input_ids) for batch in batches)
-    with _frozen(model), capture.hooked(), tqdm(total=seen, desc="curvature", unit="seq", disable=quiet) as bar:
+    with frozen(model), capture.hooked(), tqdm(total=seen, desc="curvature", unit="seq", disable=quiet) as bar:
         for batch in batches:
             ids = batch.input_ids.to(device)
             mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
@@ -180,6 +179,17 @@ def estimate_factors(
     )
 
 
+def draws_per_window(objective: Objective) -> int:
+    """Cotangents that are drawn for each window."""
+    return SEQUENCE_DRAWS if objective.unit == "sequence" else 1
+
+
+def draw_all(model: PreTrainedModel, windows: Windows, objective: Objective, seed: int) -> list[Tensor]:
+    """The random numbers of all cotangents: per draw, the first dimension the windows."""
+    samples = draws_per_window(objective)
+    return [objective.draws(model, windows, seed * samples + i) for i in range(samples)]
+
+
 def participants(
     model: PreTrainedModel, layers: Sequence[Layer], windows: Windows, objective: Objective
 ) -> list[Layer]:
@@ -195,7 +205,7 @@ def participants(
 
         return after
 
-    with _frozen(model), torch.enable_grad(), ExitStack() as hooks:
+    with frozen(model), torch.enable_grad(), ExitStack() as hooks:
         for layer in layers:
             hooks.callback(layer.module.register_forward_hook(watch(layer.name)).remove)
         objective.output(model, ids, mask).sum().backward()
@@ -223,7 +233,7 @@ def _finish(layer: Layer, capture: FactorCapture, sequences: int | None) -> Laye
     )
 
 
-class _frozen:
+class frozen:
     """Evaluation mode, no parameter gradients, and input embeddings whose output starts the autograd graph."""
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -1,0 +1,80 @@
+"""What every run of ``prune`` begins and ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kfac_prune import ranks
+from kfac_prune.config import Recipe
+from kfac_prune.data import Windows
+from kfac_prune.errors import InputError
+from kfac_prune.inputs import has_writers, load_inputs
+from kfac_prune.inspect_model import coverage
+from kfac_prune.models import Layer, load_config
+from kfac_prune.objective import Objective, find_objective
+from kfac_prune.quality import Quality
+from kfac_prune.report import Stages
+from kfac_prune.store import check_output
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every kind of run begins with."""
+
+    recipe: Recipe
+    stages: Stages
+    echo: Callable[[str], None]
+    quiet: bool
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    objective: Objective
+    layers: list[Layer]
+    calibration: Windows
+    held_out: Windows
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What every kind of run ends with: a model, its quality and the dense one's, and its own part of the record."""
+
+    model: PreTrainedModel
+    dense: Quality
+    pruned: Quality
+    record: dict[str, Any]
+
+
+def begin(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
+    """Load model and text, with every check that needs no long work.
+
+    Args:
+        recipe: resolved, with a device that exists.
+        echo: receives the lines meant for a person.
+        quiet: show no progress bars.
+
+    Raises:
+        InputError: something about the input is wrong.
+    """
+    check_output(recipe.out, overwrite=recipe.overwrite)
+    config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    objective = find_objective(recipe.objective, recipe.model, config)
+    if recipe.fisher != "sampled" and objective.unit == "sequence":
+        raise InputError(f"the text holds no labels for the objective {objective.name}; fisher can only be sampled")
+    stages = Stages(echo)
+    with stages("load"):
+        loaded = load_inputs(recipe, objective, echo)
+        model, layers, calibration = loaded.model, loaded.layers, loaded.calibration
+        room = 1.1 if recipe.structured else 4  # with what is left for --resume: plan, dense weights, trained blocks
+        check_output(recipe.out, overwrite=recipe.overwrite, need_bytes=int(room * model.get_memory_footprint()))
+    echo(coverage(model, layers))
+    if len(calibration) < ranks.count():
+        raise InputError(
+            f"{ranks.count()} processes share {len(calibration)} calibration windows; add --samples, or start fewer"
+        )
+    if recipe.refit and not has_writers(model, calibration):
+        echo(f"no refit: the blocks of {type(model).__name__} normalise what they add to the residual stream")
+        recipe = replace(recipe, refit=False)
+    return Job(recipe, stages, echo, quiet, model, loaded.tokenizer, objective, layers, calibration, loaded.held_out)
