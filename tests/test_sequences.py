@@ -361,7 +361,7 @@ def test_refusals(capsys, method, options, told):
 def test_what_is_too_large_is_refused_before_long_work(here, capsys, monkeypatch, command):
     monkeypatch.setattr(under_test, "BUDGET", 2**12)
     for name in ("estimate_factors", "evaluate"):
-        monkeypatch.setattr(pipeline, name, None)
+        monkeypatch.setattr(pipeline, name, lambda *a, **k: pytest.fail("the work began"))
     choice = ["--method", "m-fac"] if command == "prune" else ["--methods", "magnitude", "m-fac:global"]
     assert main([command, "model", *OPTIONS, *choice]) == 2
     assert "method m-fac would keep" in capsys.readouterr().err.splitlines()[-1]
