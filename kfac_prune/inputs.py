@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kfac_prune.config import Recipe
-from kfac_prune.curvature.estimate import participants
+from kfac_prune.curvature.estimate import bypassed, participants
 from kfac_prune.data import (
     Windows,
     choose_texts,
@@ -68,7 +68,7 @@ def load_inputs(recipe: Recipe, objective: Objective, echo: Callable[[str], None
         trust_remote_code=recipe.trust_remote_code,
     )
     check_tokens(model, calibration, held_out)
-    layers = prunable_layers(model, recipe.include, recipe.ignore)
+    layers = called_layers(model, prunable_layers(model, recipe.include, recipe.ignore), calibration, objective, echo)
     if objective.unit == "sequence":
         layers = reached_layers(model, layers, calibration, objective, echo)
     return Inputs(model, tokenizer, layers, calibration, held_out)
@@ -174,6 +174,30 @@ def evaluation_windows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, objec
         )
     count = min(recipe.eval_samples, len(stream) // recipe.seqlen)
     return consecutive_windows(stream, count, recipe.seqlen, name=recipe.data)
+
+
+def called_layers(
+    model: PreTrainedModel,
+    layers: list[Layer],
+    calibration: Windows,
+    objective: Objective,
+    echo: Callable[[str], None],
+) -> list[Layer]:
+    """The layers that the model calls; says which ones it only takes the weights of, which no curvature is for.
+
+    Raises:
+        InputError: none is left.
+    """
+    unseen = bypassed(model, layers, calibration, objective)
+    left = [layer for layer in layers if layer not in unseen]
+    names = ", ".join(layer.name for layer in unseen)
+    if not left:
+        raise InputError(
+            f"{type(model).__name__} uses the weights of {names} without calling the layers; choose others"
+        )
+    if unseen:
+        echo(f"left dense, since {type(model).__name__} uses their weights without calling them: {names}")
+    return left
 
 
 def reached_layers(

@@ -95,7 +95,13 @@ def coverage(model: PreTrainedModel, layers: Sequence[Layer]) -> str:
     rest = [(name, p) for name, p in model.named_parameters() if name not in names]
     matrices = [f"{name} {list(p.shape)}" for name, p in rest if p.ndim > 1]
     shown = matrices if len(matrices) <= 6 else [*matrices[:5], f"{len(matrices) - 5} more"]
-    return (
+    text = (
         f"{len(layers)} layers hold {covered:,} of {total:,} parameters ({covered / total:.1%}). Left as they are: "
         f"{', '.join(shown) or 'no matrix'}, and {sum(p.ndim <= 1 for _, p in rest)} vectors (norms, biases)."
     )
+    stacked = sum(p.numel() for _, p in rest if p.ndim > 2)
+    if stacked:
+        text += (
+            f" Tensors of three or more dimensions (experts, convolutions), never pruned, hold {stacked / total:.1%}."
+        )
+    return text

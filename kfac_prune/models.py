@@ -273,7 +273,9 @@ def load(source: str | Path, **options: Any) -> PreTrainedModel:
         options: of ``from_pretrained``.
     """
     config = AutoConfig.from_pretrained(source, trust_remote_code=options.get("trust_remote_code", False))
-    kind = class_with_own_widths(config) or LOADERS[head_of(config) or "causal"]
+    head = head_of(config)
+    named = getattr(transformers, (config.architectures or [""])[0], None) if head is None else None
+    kind = class_with_own_widths(config) or named or LOADERS[head or "causal"]
     return cast(PreTrainedModel, kind.from_pretrained(source, **options))
 
 
