@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import BLOCKS, FAMILIES, GROUPED, IDS, TEXT, Family, example, random_model
+from families import BLOCKS, FAMILIES, GROUPED, IDS, TEXT, Family, random_model
 from transformers import (
     AutoModel,
-    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     BertConfig,
     FalconConfig,
@@ -21,13 +20,13 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from kfac_prune.curvature.estimate import bypassed, estimate_factors
+from kfac_prune.curvature.estimate import estimate_factors
 from kfac_prune.data import Windows
 from kfac_prune.export import save_model, verify_saved
 from kfac_prune.inputs import called_layers, reached_layers
 from kfac_prune.inspect_model import coverage, describe
 from kfac_prune.models import load, prunable_layers
-from kfac_prune.objective import CAUSAL, Classes, find_objective
+from kfac_prune.objective import Classes, find_objective
 from kfac_prune.obs import NM
 from kfac_prune.plan import make_plan, prune
 from kfac_prune.probe import Probe
@@ -181,7 +180,8 @@ def test_pruned_saved_and_reloaded(subject, pattern, tmp_path):
     dense = prune(layers, plan)
     try:
         save_model(model, None, tmp_path)
-        verify_saved(model, tmp_path)
+        if pattern is not None:  # which loads it too
+            verify_saved(model, tmp_path)
         reloaded = load(tmp_path).eval()
         after = outputs(model, subject)
         assert torch.equal(after, outputs(reloaded, subject))
