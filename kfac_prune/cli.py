@@ -7,11 +7,12 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NoReturn
 
-from kfac_prune.config import Recipe, read_recipe
+from kfac_prune.config import Recipe, check_text
 from kfac_prune.errors import InputError
 from kfac_prune.protocol import COMPARED, LEVELS, Comparison
+from kfac_prune.recipe_file import read_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,8 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 = done, 2 = the input cannot be used (one line on stderr says what and why), 130 = interrupted.
     """
-    arguments = build_parser().parse_args(argv)
+    arguments = argparse.Namespace()
     try:
+        arguments = build_parser().parse_args(argv)
+        _check_texts(arguments)
         arguments.run(arguments)
     except InputError as error:
         print(f"kfac-prune: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
@@ -32,9 +35,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors are one line like all others, in the place of a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the arguments."""
+        raise InputError(f"{message}; {self.prog} --help lists the options")
+
+
+def _check_texts(arguments: argparse.Namespace) -> None:
+    """Whatever was given can be a file's name and be written down."""
+    for name, value in vars(arguments).items():
+        for text in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(text, str):
+                check_text(name, text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; the options of ``prune`` are the fields of ``Recipe``."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="kfac-prune",
         description="One-shot pruning of transformers by the Optimal Brain Surgeon under a Kronecker-factored Hessian.",
     )

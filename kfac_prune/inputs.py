@@ -84,6 +84,8 @@ def resolve_device(name: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(1, device=name)
+        if torch.device(name).type == "meta":
+            raise RuntimeError("it holds no numbers")
     except Exception as error:  # torch raises RuntimeError, AssertionError or AcceleratorError by kind of device
         raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return name

@@ -28,7 +28,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.hub import cached_file
 
+from kfac_prune.config import shown
 from kfac_prune.errors import InputError
 from kfac_prune.pruned_model import with_own_widths
 
@@ -224,9 +226,11 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
         if not folder.is_dir() or not (folder / "config.json").is_file():
             raise InputError(f"{source} is not a model folder: it holds no config.json")
         try:
-            json.loads((folder / "config.json").read_text())
-        except (ValueError, OSError) as error:
+            content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (ValueError, OSError, RecursionError) as error:
             raise InputError(f"{source}/config.json cannot be read: {error}") from error
+        if not isinstance(content, dict):
+            raise InputError(f"{source}/config.json holds {type(content).__name__}, not an object of settings")
     elif source.startswith((".", "/", "~")) or source.endswith("/") or source.count("/") > 1:
         raise InputError(f"there is no model folder {source}")
     try:
@@ -272,6 +276,7 @@ def load(source: str | Path, **options: Any) -> PreTrainedModel:
         source: local folder or hub id.
         options: of ``from_pretrained``.
     """
+    options.setdefault("use_safetensors", True)  # a pickle can run code and is never loaded
     config = AutoConfig.from_pretrained(source, trust_remote_code=options.get("trust_remote_code", False))
     head = head_of(config)
     named = getattr(transformers, (config.architectures or [""])[0], None) if head is None else None
@@ -302,6 +307,7 @@ def load_model(
     """
     load_config(source, trust_remote_code=trust_remote_code)
     folder = Path(source).expanduser()
+    _check_files(source, folder)
     try:
         loaded = load(
             str(folder) if folder.exists() else source,
@@ -324,6 +330,35 @@ def load_model(
             raise InputError(f"{source}: weight {name} holds NaN or infinity; the checkpoint is broken")
     model.to(device)  # type: ignore[arg-type]  # the stubs confuse the overloads
     return cast(PreTrainedModel, model.eval())
+
+
+def _check_files(source: str, folder: Path) -> None:
+    """All weights are in safetensors files of the checkpoint itself; a pickle is never loaded.
+
+    Raises:
+        InputError: there are pickles alone, or the index of shards names something else.
+    """
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and (found := sorted(folder.glob("*.bin"))):
+        raise InputError(
+            f"{source} holds its weights as {found[0].name}, a pickle, which can run code and is never loaded; save "
+            "the model again as safetensors"
+        )
+    name = "model.safetensors.index.json"
+    index = cached_file(
+        str(folder) if folder.is_dir() else source,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if index is None:
+        return
+    try:
+        shards = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{source}/{name} cannot be read: {_reason(error)}") from error
+    for shard in shards:
+        if not isinstance(shard, str) or not shard.endswith(".safetensors") or Path(shard).name != shard:
+            raise InputError(f"{source}/{name} names {shown(shard)}, which is no safetensors file beside it")
 
 
 def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -50,7 +50,7 @@ from kfac_prune.report import (
     summary,
 )
 from kfac_prune.shots import Correction, correct, shots_of
-from kfac_prune.store import check_output, clear_work, new_folder, work_folder
+from kfac_prune.store import check_apart, check_output, clear_work, new_folder, work_folder
 from kfac_prune.structure.latency import latency_target, speeds
 from kfac_prune.structure.prune import Settings, find_groups, parameters_target, prune_structured, weights_target
 from kfac_prune.structure.repair import reconstruct_smaller
@@ -134,6 +134,7 @@ def run(recipe: Recipe, *, echo: Callable[[str], None] = logger.info, quiet: boo
 def _load(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
     """Model and text, with every check that needs no long work."""
     check_output(recipe.out, overwrite=recipe.overwrite)
+    check_apart(recipe.out, {"model": recipe.model, "data": recipe.data, "eval_data": recipe.eval_data})
     config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
     objective = find_objective(recipe.objective, recipe.model, config)
     if recipe.fisher != "sampled" and objective.unit == "sequence":

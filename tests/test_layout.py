@@ -20,7 +20,7 @@ LAYERS = (
     ("kernels",),
     ("backend",),
     ("config", "linalg", "data", "store", "pruned_model"),
-    ("models", "fisher", "protocol"),
+    ("models", "fisher", "protocol", "recipe_file"),
     ("objective",),
     ("quality",),
     ("operators", "stream", "export"),

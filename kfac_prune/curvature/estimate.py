@@ -152,7 +152,7 @@ def estimate_factors(
     if windows.tokens == 0:
         raise InputError("the calibration windows hold no token: every position is masked")
     samples = SEQUENCE_DRAWS if objective.unit == "sequence" else 1
-    draws = [objective.draws(model, windows, seed * samples + i) for i in range(samples)]
+    draws = [objective.draws(model, windows, (seed * samples + i) % 2**63) for i in range(samples)]
     sequences = len(windows) * samples if objective.unit == "sequence" else None
     names, blocks = find_blocks(model, layers)
     capture = FactorCapture(layers, dict(zip(names, blocks, strict=True)), per_sequence=sequences is not None)
