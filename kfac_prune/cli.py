@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from kfac_prune.config import Recipe, check_text
+from kfac_prune.config import Recipe, check_text, shorten
 from kfac_prune.errors import InputError
 from kfac_prune.protocol import COMPARED, LEVELS, Comparison
 from kfac_prune.recipe_file import read_recipe
+
+#: Characters of a message; what is quoted in it can be of any length.
+MESSAGE = 2000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_texts(arguments)
         arguments.run(arguments)
     except InputError as error:
-        print(f"kfac-prune: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        message = " ".join(str(error).splitlines()).encode(errors="backslashreplace").decode()  # lone surrogates
+        print(f"kfac-prune: error: {shorten(message, MESSAGE)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"kfac-prune: interrupted; {arguments.interrupted}", file=sys.stderr)
@@ -46,7 +50,9 @@ class _Parser(argparse.ArgumentParser):
 def _check_texts(arguments: argparse.Namespace) -> None:
     """Whatever was given can be a file's name and be written down."""
     for name, value in vars(arguments).items():
-        for text in value if isinstance(value, list | tuple) else (value,):
+        for text in value if isinstance(value, list | tuple) and value else (value,):
+            if text == []:  # what argparse makes of --option=--
+                raise InputError(f"{name} is '--', which is no value")
             if isinstance(text, str):
                 check_text(name, text)
 

@@ -19,6 +19,8 @@ DAMPING, STRUCTURED_DAMPING = 0.03, 0.001
 #: Epochs of the reconstruction, where the recipe leaves them open and there are windows enough.
 RECONSTRUCT = 8
 KINDS = ("ffn", "heads")
+#: Options that name a file or a folder.
+PATHS = ("model", "data", "out", "eval_data", "dense", "recipe")
 #: What each method can allocate by. Only G ⊗ A puts the losses of different layers into one unit.
 ALLOCATIONS = {
     "kfac": ("curves", "uniform", "global"),
@@ -55,16 +57,21 @@ def shown(value: Any) -> str:
         text = repr(value)
     except ValueError:  # an integer of over 4300 digits
         return "a number of thousands of digits"
-    return text if len(text) <= 200 else f"{text[:150]}... ({len(text):,} characters)"
+    return shorten(text, 200)
+
+
+def shorten(text: str, most: int) -> str:
+    """A text of at most so many characters, and how many there were."""
+    return text if len(text) <= most else f"{text[: most - 30]}... ({len(text):,} characters)"
 
 
 def check_text(name: str, text: str) -> None:
-    """A text can be the name of a file and be written as UTF-8.
+    """A text can be written as UTF-8, and be the name of a file where it is to be one.
 
     Raises:
         InputError: it cannot; names what it is for.
     """
-    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):  # how Python holds bytes that are not UTF-8
+    if ("\0" in text and name in PATHS) or any("\ud800" <= c <= "\udfff" for c in text):  # how Python holds bytes that are not UTF-8
         raise InputError(f"{name} is {shown(text)}; it must be UTF-8 text without NUL characters")
 
 

@@ -86,8 +86,8 @@ def check_apart(out: str, inputs: Mapping[str, str | None]) -> None:
     """
     target = Path(out).expanduser().resolve()
     for name, source in inputs.items():
-        path = Path(os.path.expanduser(source or "")).resolve()
-        if source and path.exists() and path.is_relative_to(target):
+        path = os.path.expanduser(source or "")
+        if source and os.path.exists(path) and Path(path).resolve().is_relative_to(target):
             raise InputError(f"--out {out} is or holds the {name} {source}, which would be lost; choose another folder")
 
 
