@@ -71,7 +71,9 @@ def check_text(name: str, text: str) -> None:
     Raises:
         InputError: it cannot; names what it is for.
     """
-    if ("\0" in text and name in PATHS) or any("\ud800" <= c <= "\udfff" for c in text):  # how Python holds bytes that are not UTF-8
+    if ("\0" in text and name in PATHS) or any(
+        "\ud800" <= c <= "\udfff" for c in text
+    ):  # how Python holds bytes that are not UTF-8
         raise InputError(f"{name} is {shown(text)}; it must be UTF-8 text without NUL characters")
 
 

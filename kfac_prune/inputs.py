@@ -21,7 +21,7 @@ from kfac_prune.data import (
     token_stream,
 )
 from kfac_prune.errors import InputError
-from kfac_prune.models import Layer, context_length, load_model, load_tokenizer, prunable_layers
+from kfac_prune.models import Layer, context_length, load_model, load_tokenizer, prunable_layers, reason
 from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.stream import BlockStack, find_writers
 
@@ -68,6 +68,7 @@ def load_inputs(recipe: Recipe, objective: Objective, echo: Callable[[str], None
         trust_remote_code=recipe.trust_remote_code,
     )
     check_tokens(model, calibration, held_out)
+    check_runs(model, calibration, objective)
     layers = called_layers(model, prunable_layers(model, recipe.include, recipe.ignore), calibration, objective, echo)
     if objective.unit == "sequence":
         layers = reached_layers(model, layers, calibration, objective, echo)
@@ -145,6 +146,23 @@ def check_tokens(model: PreTrainedModel, *windows: Windows) -> None:
             raise InputError(
                 f"the tokenizer gives token {largest}, and the model knows {vocabulary}; they do not belong together"
             )
+
+
+def check_runs(model: PreTrainedModel, windows: Windows, objective: Objective) -> None:
+    """The model can be run, told by one window: a configuration can give shapes that do not fit together.
+
+    Raises:
+        InputError: it cannot.
+    """
+    first = next(windows.batches(1))
+    mask = None if first.attention_mask is None else first.attention_mask.to(model.device)
+    try:
+        with torch.no_grad():
+            objective.output(model, first.input_ids.to(model.device), mask)
+    except Exception as error:  # whatever the model's code happens to raise
+        raise InputError(
+            f"{type(model).__name__} of {model.config.name_or_path} fails on one window of text: {reason(error)}"
+        ) from error
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

@@ -163,6 +163,8 @@ def prunable_layers(model: PreTrainedModel, include: Sequence[str] = (), ignore:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and module is not head and id(module.weight) not in tied:
             layers.append(Layer(name, module))
+            if 0 in layers[-1].shape:
+                raise InputError(f"layer {name} is {list(layers[-1].shape)} [out, in], which holds no weight")
             tied.add(id(module.weight))  # a matrix that two modules share is one matrix
     for pattern in (*include, *ignore):
         if not any(fnmatch.fnmatchcase(layer.name, pattern) for layer in layers):
@@ -203,7 +205,7 @@ def find_blocks(model: nn.Module, layers: Iterable[Layer]) -> tuple[list[str], l
     return best[1], best[2]
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """An error's first line, with the second where the first only announces it."""
     if isinstance(error, KeyError):  # whose text is the key alone
         return f"{error} is missing"
@@ -221,7 +223,7 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
         folder = Path(source).expanduser()
         exists = folder.exists()
     except (OSError, RuntimeError) as error:  # a name that is too long, a folder without permission, no such ~user
-        raise InputError(f"{source} cannot be looked up: {_reason(error)}") from error
+        raise InputError(f"{source} cannot be looked up: {reason(error)}") from error
     if exists:
         if not folder.is_dir() or not (folder / "config.json").is_file():
             raise InputError(f"{source} is not a model folder: it holds no config.json")
@@ -236,8 +238,19 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
     try:
         config = AutoConfig.from_pretrained(str(folder) if exists else source, trust_remote_code=trust_remote_code)
     except Exception as error:  # a wrong value, a wrong type and a failing network each have their own types there
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{source} comes with code of its own, which runs only with --trust-remote-code"
+            ) from error
         what = "/config.json cannot be used" if exists else " is neither a local model folder nor a hub model to be had"
-        raise InputError(f"{source}{what}: {_reason(error)}") from error
+        raise InputError(f"{source}{what}: {reason(error)}") from error
+    for name, kind in (("architectures", list), ("auto_map", dict)):
+        if not isinstance(getattr(config, name, None) or kind(), kind):
+            raise InputError(
+                f"{source}/config.json has {name} {shown(getattr(config, name))}; it must be a {kind.__name__}"
+            )
+    if not all(isinstance(name, str) for name in config.architectures or []):
+        raise InputError(f"{source}/config.json has architectures {shown(config.architectures)}; it must hold names")
     if getattr(config, "quantization_config", None):
         raise InputError(f"{source} is a quantised checkpoint; prune the full-precision model, then quantise that")
     if head_of(config) is None:
@@ -317,7 +330,7 @@ def load_model(
             ignore_mismatched_sizes=True,  # they are told below, by name
         )
     except Exception as error:  # safetensors, torch and the hub raise unrelated types for broken files
-        raise InputError(f"the weights of {source} cannot be loaded: {_reason(error)}") from error
+        raise InputError(f"the weights of {source} cannot be loaded: {reason(error)}") from error
     model, report = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)  # as asked for by output_loading_info
     if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
         raise InputError(f"the checkpoint {source} lacks {len(missing)} of the model's tensors, such as {missing[0]}")
@@ -355,7 +368,7 @@ def _check_files(source: str, folder: Path) -> None:
     try:
         shards = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{source}/{name} cannot be read: {_reason(error)}") from error
+        raise InputError(f"{source}/{name} cannot be read: {reason(error)}") from error
     for shard in shards:
         if not isinstance(shard, str) or not shard.endswith(".safetensors") or Path(shard).name != shard:
             raise InputError(f"{source}/{name} names {shown(shard)}, which is no safetensors file beside it")
@@ -373,7 +386,7 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTraine
             str(folder) if folder.exists() else source, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # as for the weights
-        raise InputError(f"{source} has no usable tokenizer (tokenizer.json or its like): {_reason(error)}") from error
+        raise InputError(f"{source} has no usable tokenizer (tokenizer.json or its like): {reason(error)}") from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of missing files
         raise InputError(f"{source} has no usable tokenizer: its files are missing, or its vocabulary is empty")
     return tokenizer
