@@ -23,6 +23,8 @@ from kfac_prune.operators import Curvature, Damping, DampingRecord, Diagonal, Kr
 
 #: Cotangents per window where the model has one output per sequence; where it has one per token, every token has one.
 SEQUENCE_DRAWS = 4
+#: Of sums in float32: a variance below this fraction of the second moment is not known.
+ROUNDING = 1e-7
 #: The hierarchy: H = I, H diagonal, H = I ⊗ A, H = G ⊗ A.
 Method = Literal["magnitude", "obd", "layerwise", "kfac"]
 
@@ -73,6 +75,11 @@ class LayerFactors:
         if self.has_bias:  # in float64: the difference is small where the mean is large
             mean = self.mean.double()
             a = a.double() - torch.outer(mean, mean)
+            if float(a.trace()) <= ROUNDING * float(self.a.trace()):
+                raise InputError(
+                    f"layer {where}: its inputs are the same for all {self.tokens} tokens of the calibration text, so "
+                    "that its bias takes up any change of its weights; add text, or leave it out with --ignore"
+                )
         a, record_a = damping(a.to(dtype), name="A", where=where)
         if method == "layerwise":
             return Kronecker(a, None, out_features=shape[0]), [record_a]
