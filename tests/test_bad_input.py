@@ -13,11 +13,12 @@ import torch
 from letters import LETTERS, save_llama
 from test_cli import listing
 
-from kfac_prune import inputs, measurement, models, reconstruction
+from kfac_prune import cli, inputs, measurement, models, reconstruction
 from kfac_prune.cli import build_parser, main
 from kfac_prune.config import Recipe
 from kfac_prune.errors import InputError
 from kfac_prune.store import load_artifact, save_artifact
+from kfac_prune.structure import latency
 
 #: Malformed inputs that reach the command functions; good ones are drawn again and not counted.
 CASES = {
@@ -30,6 +31,7 @@ CASES = {
     "weights": 30,
 }
 FIELDS = [f.name for f in dataclasses.fields(Recipe)]
+PARSER = cache(build_parser)
 GOOD = {"model": "model", "data": "empty.txt", "out": "out"}
 
 
@@ -56,6 +58,7 @@ def attempt(folder, monkeypatch, capsys):
     A good one gets as far as the empty text, or to the end of a command that writes nothing.
     """
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(cli, "build_parser", PARSER)
     for module in (inputs, measurement):  # the same one thousands of times
         monkeypatch.setattr(module, "load_tokenizer", cache(models.load_tokenizer))
     (folder / "bad").mkdir(exist_ok=True)
@@ -493,6 +496,72 @@ def test_comparison_from_broken_cells(attempt):
             named(attempt(*run), "out/cells.jsonl", "--out out holds cells")
     finally:
         shutil.rmtree("out")
+
+
+# --- one by one
+
+
+def recipe(text):
+    return {"bad/r.yaml": "model: model\ndata: empty.txt\nout: out\n" + text}, ["prune", "--recipe", "bad/r.yaml"]
+
+
+NOBODY = "~nobody-of-this-name"
+TWO = ["compare", "model", "--data", "d", "--out", "o"]
+ONES = {
+    "hexadecimal": (*recipe(f"samples: 0x{'f' * 5000}"), "samples has over a thousand digits"),
+    "hexadecimal-in-a-list": (*recipe(f"include: [0x{'f' * 5000}]"), "include is a number of thousands of digits"),
+    "alias": (*recipe("include: &a [x]\nignore: *a"), "a recipe has no aliases"),
+    "bomb": (*recipe("include: &a [x,x]\nignore: &b [*a,*a]"), "a recipe has no aliases"),
+    "twice": (*recipe("seed: 1\nseed: 2"), "'seed' is given twice"),
+    "tag": (*recipe("seed: !!timestamp x"), "bad/r.yaml is not valid YAML"),
+    "python": (*recipe("seed: !!python/object/apply:os.system [touch executed]"), "bad/r.yaml is not valid YAML"),
+    "long": (*recipe("# " + "x" * 2**20), "the recipe bad/r.yaml has over 1,048,576 bytes"),
+    "recipe-of-nobody": ({}, ["prune", "--recipe", f"{NOBODY}/r.yaml"], f"{NOBODY}/r.yaml cannot be read"),
+    "nul": (*recipe('eval_data: "a\\0b"'), "eval_data is 'a\\x00b'; it must be"),
+    "surrogate": (
+        {},
+        ["eval", "model", "--data", "d.txt", "--text-field", "\udcff"],
+        "text_field is '\\udcff'; it must",
+    ),
+    "list-by-argparse": ({}, [*TWO, "--seeds=--"], "seeds is '--', which is no value"),
+    "last-seed": ({}, [*TWO, "--seed", str(2**63 - 1), "--seeds", "2"], "seeds is 2 from seed 9223372036854775807 on"),
+    "meta": ({}, ["eval", "model", "--data", "empty.txt", "--device", "meta"], "device 'meta' cannot be used"),
+    "out-empty": ({}, ["theory", "--out", ""], "--out is empty"),
+    "out-of-nobody": ({}, ["demo", "--out", f"{NOBODY}/x"], f"--out {NOBODY}/x cannot be created"),
+    "out-too-long": ({}, ["theory", "--out", "x" * 300], "cannot be created"),
+    "deep": ({"bad/t.jsonl": "\n" + "[" * 10**5}, ["eval", "model", "--data", "bad/t.jsonl"], "t.jsonl, line 2"),
+    "digits": ({"bad/t.json": "9" * 5000}, ["eval", "model", "--data", "bad/t.json"], "t.json, line 1"),
+}
+
+
+@pytest.mark.parametrize("name", ONES)
+def test_one(name, attempt):
+    """Each of these was once a traceback, a silent choice, or ran out of memory."""
+    files, arguments, expected = ONES[name]
+    for file, content in files.items():
+        Path(file).write_text(content, encoding="utf-8")
+    assert expected in attempt(*arguments)
+    assert not Path("executed").exists()
+
+
+def test_a_foreign_latency_cache_counts_as_empty(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "kfac_prune").mkdir()
+    for content in ("[]", "{", "[" * 10**5, "\0"):
+        (tmp_path / "kfac_prune" / "latency.json").write_text(content, encoding="utf-8")
+        assert latency._read_cache() == {}
+    good = {"ffn": [[1, 0.5]], "heads": [[1, 2, 0.5]]}
+    assert latency._is_entry(good)
+    for entry in (
+        None,
+        [],
+        {},
+        {"ffn": []},
+        good | {"ffn": [1]},
+        good | {"heads": [[1, 2]]},
+        good | {"ffn": [["1", 2]]},
+    ):
+        assert not latency._is_entry(entry)
 
 
 # --- what is there stays
