@@ -283,13 +283,14 @@ def head_of(config: Any) -> Head | None:
 def load(source: str | Path, **options: Any) -> PreTrainedModel:
     """``from_pretrained`` with the class that fits the checkpoint, models with widths of their own included.
 
-    Those need no remote code here.
+    Those need no remote code here. Pickles are refused.
 
     Args:
         source: local folder or hub id.
         options: of ``from_pretrained``.
     """
-    options.setdefault("use_safetensors", True)  # a pickle can run code and is never loaded
+    _check_files(str(source), Path(source).expanduser())
+    options["use_safetensors"] = True
     config = AutoConfig.from_pretrained(source, trust_remote_code=options.get("trust_remote_code", False))
     head = head_of(config)
     named = getattr(transformers, (config.architectures or [""])[0], None) if head is None else None
@@ -320,7 +321,6 @@ def load_model(
     """
     load_config(source, trust_remote_code=trust_remote_code)
     folder = Path(source).expanduser()
-    _check_files(source, folder)
     try:
         loaded = load(
             str(folder) if folder.exists() else source,
@@ -329,6 +329,8 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are told below, by name
         )
+    except InputError:
+        raise
     except Exception as error:  # safetensors, torch and the hub raise unrelated types for broken files
         raise InputError(f"the weights of {source} cannot be loaded: {reason(error)}") from error
     model, report = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)  # as asked for by output_loading_info

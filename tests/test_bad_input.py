@@ -5,6 +5,7 @@ import json
 import pickle
 import random
 import shutil
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -578,6 +579,18 @@ def test_an_input_is_not_overwritten(source, attempt):
     for out in {"model": ("bad/model", "bad"), "text.txt": ("bad/texts", "bad"), "folder": ("bad/texts", ".")}[source]:
         line = attempt("prune", model, "--data", data, "--out", out, "--overwrite")
         named(line, f"--out {out} is or holds the")
+
+
+def test_a_run_writes_nothing_but_its_folder(attempt, folder, tmp_path, monkeypatch, capsys):
+    """Neither beside it, nor in the home folder, nor among temporary files."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = listing(folder)
+    assert main(["prune", "model", *RUN, "--samples", "16", "--reconstruct", "1", "--method", "layerwise"]) == 0
+    capsys.readouterr()
+    shutil.rmtree("out")
+    assert listing(folder) == before
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("command", ["demo", "theory"])
