@@ -8,11 +8,15 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NoReturn
 
-from kfac_prune.config import Recipe, read_recipe
-from kfac_prune.errors import InputError
+from kfac_prune.config import Recipe, check_text
+from kfac_prune.errors import InputError, shorten
 from kfac_prune.protocol import COMPARED, LEVELS, Comparison
+from kfac_prune.recipe_file import read_recipe
+
+#: Characters of a message; what is quoted in it can be of any length.
+MESSAGE = 2000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,15 +25,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 = done, 2 = the input cannot be used (one line on stderr says what and why), 130 = interrupted.
     """
-    arguments = build_parser().parse_args(argv)
     several = os.environ.get("WORLD_SIZE", "1") != "1"  # as torchrun and accelerate launch set it
     who = f"kfac-prune (process {os.environ.get('RANK')})" if several else "kfac-prune"
+    arguments = argparse.Namespace()
     try:
+        arguments = build_parser().parse_args(argv)
+        _check_texts(arguments)
         if several and arguments.command != "prune":
             raise InputError(f"{arguments.command} runs in one process; start it without a launcher")
         arguments.run(arguments)
     except InputError as error:
-        print(f"{who}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        message = " ".join(str(error).splitlines()).encode(errors="backslashreplace").decode()  # lone surrogates
+        print(f"{who}: error: {shorten(message, MESSAGE)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"kfac-prune: interrupted; {arguments.interrupted}", file=sys.stderr)
@@ -37,9 +44,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors are one line like all others, in the place of a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the arguments."""
+        raise InputError(f"{message}; {self.prog} --help lists the options")
+
+
+def _check_texts(arguments: argparse.Namespace) -> None:
+    """Whatever was given can be a file's name and be written down."""
+    for name, value in vars(arguments).items():
+        for text in value if isinstance(value, list | tuple) and value else (value,):
+            if text == []:  # what argparse makes of --option=--
+                raise InputError(f"{name} is '--', which is no value")
+            if isinstance(text, str):
+                check_text(name, text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; the options of ``prune`` are the fields of ``Recipe``."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="kfac-prune",
         description="One-shot pruning of transformers by the Optimal Brain Surgeon under a Kronecker-factored Hessian.",
     )

@@ -29,10 +29,16 @@ from kfac_prune.operators import Damping
 from kfac_prune.protocol import Comparison, Trial
 from kfac_prune.reconstruction import Reconstruction
 from kfac_prune.report import versions
-from kfac_prune.store import Ledger, check_output, content_hash
+from kfac_prune.store import Ledger, check_output, content_hash, earlier_result
 
 #: Of cells.jsonl; rises when a field changes its meaning.
 FORMAT_VERSION = 1
+#: What the header tells of the dense model, and every line of a cell.
+DENSE = {"loss", "perplexity", "tokens", "parameters", "multiply_adds"}
+CELL = {
+    *("method", "level", "repair", "epochs", "seed", "allocation", "sparsity", "compression", "speed_up", "loss"),
+    *("perplexity", "kl", "kl_predicted", "seconds", "calibration_sha256", "peak_memory_bytes", "peak_cuda_bytes"),
+}
 CELLS, TABLE, PICTURE = "cells.jsonl", "table.txt", "curves.png"
 
 
@@ -51,8 +57,8 @@ def compare(comparison: Comparison, *, echo: Callable[[str], None] = print, quie
         InputError: something about the input is wrong, or the folder holds something else.
     """
     recipe = replace(comparison.recipe, device=resolve_device(comparison.recipe.device))
+    check_output(recipe.out, overwrite=earlier_result(recipe.out, (CELLS, "*")))
     folder = Path(recipe.out).expanduser()
-    check_output(recipe.out, overwrite=(folder / CELLS).is_file())
     config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
     objective = find_objective(recipe.objective, recipe.model, config)
     if objective != CAUSAL:
@@ -119,7 +125,7 @@ def _ledger(path: Path, comparison: Comparison, inputs: Inputs) -> Ledger:
     if comparison.recipe.overwrite:
         path.unlink(missing_ok=True)
     ledger = Ledger(path)
-    before = ledger.header and ledger.header["protocol"]
+    before = _checked(ledger)
     if before is None:
         bench = _bench(inputs, comparison, comparison.recipe.seed, quiet=True)
         weights = sum(layer.weight.numel() for layer in prunable_layers(inputs.model))
@@ -142,6 +148,21 @@ def _ledger(path: Path, comparison: Comparison, inputs: Inputs) -> Ledger:
             "folder, or add --overwrite to begin anew"
         )
     return ledger
+
+
+def _checked(ledger: Ledger) -> dict[str, Any] | None:
+    """The protocol of the file, which has what this version writes; None if it is empty."""
+    if ledger.header is None:
+        return None
+    protocol, dense = ledger.header.get("protocol"), ledger.header.get("dense")
+    if not isinstance(protocol, dict) or not isinstance(dense, dict) or DENSE - dense.keys():
+        raise InputError(
+            f"{ledger.path} does not begin with protocol and dense model; move it away, or add --overwrite"
+        )
+    for number, row in enumerate(ledger.rows, 2):
+        if CELL - row.keys() or not isinstance(row["seconds"], dict):
+            raise InputError(f"{ledger.path}, line {number} is no whole cell; move it away, or add --overwrite")
+    return protocol
 
 
 def _check_calibration(ledger: Ledger, seed: int, calibration: Windows | None) -> None:

@@ -1,16 +1,15 @@
-"""The recipe of a run: every choice a user can make, validated, as a dataclass and as YAML."""
+"""The recipe of a run: every choice a user can make, as a validated dataclass."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 from dataclasses import MISSING, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from kfac_prune.errors import InputError
+from kfac_prune.errors import InputError, shown
 
 #: Curvatures from the gradients of whole sequences, for single weights only.
 SEQUENCE_METHODS = ("ek-fac", "woodfisher", "m-fac")
@@ -22,6 +21,8 @@ DAMPING, STRUCTURED_DAMPING = 0.03, 0.001
 #: Epochs of the reconstruction, where the recipe leaves them open and there are windows enough.
 RECONSTRUCT = 8
 KINDS = ("ffn", "heads")
+#: Options that name a file or a folder.
+PATHS = ("model", "data", "out", "eval_data", "dense", "recipe")
 #: What each method can allocate by. Loss curves there are for G ⊗ A alone; global thresholds where the curvature is an
 #: estimate of the Fisher (or, for magnitude, by custom).
 ALLOCATIONS = {
@@ -47,11 +48,23 @@ def parse_pattern(text: str) -> tuple[int, int] | None:
         return None
     match = re.fullmatch(r"([0-9]{1,3}):([0-9]{1,3})", text)
     if match is None:
-        raise InputError(f"pattern {text!r} is neither 'unstructured' nor of the form n:m, such as 2:4")
+        raise InputError(f"pattern {shown(text)} is neither 'unstructured' nor of the form n:m, such as 2:4")
     n, m = int(match[1]), int(match[2])
     if not 1 <= n < m <= 64:
         raise InputError(f"pattern {text} would keep {n} of every {m} weights; needs 1 <= n < m <= 64")
     return n, m
+
+
+def check_text(name: str, text: str) -> None:
+    """A text can be written as UTF-8, and be the name of a file where it is to be one.
+
+    Raises:
+        InputError: it cannot; names what it is for.
+    """
+    if ("\0" in text and name in PATHS) or any(
+        "\ud800" <= c <= "\udfff" for c in text
+    ):  # how Python holds bytes that are not UTF-8
+        raise InputError(f"{name} is {shown(text)}; it must be UTF-8 text without NUL characters")
 
 
 def _option(default: Any, text: str, *, choices: tuple[str, ...] = (), short: str = "") -> Any:
@@ -301,7 +314,7 @@ class Recipe:
             return
         kinds = self.kinds
         if not kinds or len(set(kinds)) < len(kinds) or not set(kinds) <= set(KINDS):
-            raise InputError(f"structured is {self.structured!r}; it must be 'ffn', 'heads' or 'ffn,heads'")
+            raise InputError(f"structured is {shown(self.structured)}; it must be 'ffn', 'heads' or 'ffn,heads'")
         if self.method in (*BASELINES, *SEQUENCE_METHODS):
             others = " or ".join(m for m in METHODS if m not in (*BASELINES, *SEQUENCE_METHODS))
             raise InputError(f"method {self.method} prunes single weights, structured removes units; use {others}")
@@ -349,39 +362,6 @@ class Recipe:
         return yaml.safe_dump(fields, sort_keys=False)  # non-ASCII escaped: PyYAML folds some of it otherwise
 
 
-class _RecipeLoader(yaml.SafeLoader):
-    """Reads ``pattern: 2:4`` as text; to YAML 1.1 it is the number 124, written to base 60."""
-
-    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
-        """The tag of a node."""
-        if kind is yaml.ScalarNode and implicit[0] and re.fullmatch(r"[0-9]+:[0-9]+", value):
-            return "tag:yaml.org,2002:str"
-        return super().resolve(kind, value, implicit)
-
-
-def read_recipe(path: str) -> dict[str, Any]:
-    """The fields that a YAML recipe sets.
-
-    Raises:
-        InputError: the file cannot be read, is not a mapping, or has an unknown field.
-    """
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the recipe {path} cannot be read: {error}") from error
-    try:
-        fields = yaml.load(text, _RecipeLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no such date, number of 5000 digits
-        raise InputError(f"the recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(fields, dict):
-        raise InputError(f"the recipe {path} must be a mapping of fields such as 'sparsity: 0.5'")
-    known = [f.name for f in dataclasses.fields(Recipe)]
-    for name in fields:
-        if name not in known:
-            raise InputError(f"the recipe {path} has an unknown field {name!r}; the fields are {', '.join(known)}")
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
-
-
 def _check_type(f: dataclasses.Field[Any], value: Any) -> None:
     """The value fits the field's annotation and choices (YAML can bring anything)."""
     optional = f.default is None
@@ -397,8 +377,13 @@ def _check_type(f: dataclasses.Field[Any], value: Any) -> None:
     }[wanted]
     if not fits:
         kind = "list of texts" if wanted.startswith("tuple") else {"str": "text"}.get(wanted, wanted)
-        raise InputError(f"{f.name} is {value!r}; it must be of type {kind}")
+        raise InputError(f"{f.name} is {shown(value)}; it must be of type {kind}")
+    for text in value if isinstance(value, tuple) else (value,):
+        if isinstance(text, str):
+            check_text(f.name, text)
+    if isinstance(value, int) and abs(value) >= 10**1000:
+        raise InputError(f"{f.name} has over a thousand digits; give a number of usual size")
     choices = f.metadata["choices"]
     if choices and value not in choices:
-        raise InputError(f"{f.name} is {value!r}; choose one of {', '.join(choices)}")
+        raise InputError(f"{f.name} is {shown(value)}; choose one of {', '.join(choices)}")
     assert f.default is not MISSING

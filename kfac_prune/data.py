@@ -142,6 +142,9 @@ def _parse_json(text: str, path: str, line: int = 1) -> Any:
     except json.JSONDecodeError as error:
         where = f"{path}, line {line + error.lineno - 1}, column {error.colno}"
         raise InputError(f"{where} is not valid JSON ({error.msg}); correct or remove it") from error
+    except (RecursionError, ValueError) as error:  # ValueError: a number of over 4300 digits
+        reason = "its brackets nest too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
+        raise InputError(f"{path}, line {line} cannot be read as JSON: {reason}; correct or remove it") from error
 
 
 def _text_of(row: Any, field: str, where: str) -> str:

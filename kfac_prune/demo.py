@@ -16,7 +16,7 @@ from kfac_prune.figures import HOW_TO_GET, Curve, Panel, draw
 from kfac_prune.models import load_model, load_tokenizer
 from kfac_prune.obs import NM
 from kfac_prune.quality import Quality
-from kfac_prune.store import check_output, new_folder
+from kfac_prune.store import check_output, earlier_result, new_folder
 
 ASSETS = Path(__file__).parent / "assets"
 METHODS: dict[Method, str] = {
@@ -40,7 +40,7 @@ def run_demo(out: str, *, echo: Callable[[str], None] = print, quiet: bool = Tru
     Returns:
         The rows of the table.
     """
-    overwrite = (Path(out).expanduser() / "demo.json").is_file()
+    overwrite = earlier_result(out, ("demo.json", "kfac-2-4", "loss_vs_sparsity.png"))
     check_output(out, overwrite=overwrite)
     start = time.perf_counter()
     model = load_model(str(ASSETS / "demo_model"), dtype="float32")

@@ -1,4 +1,6 @@
-"""The package's error for input that cannot be used."""
+"""The package's error for input that cannot be used, and how values are quoted in its messages."""
+
+from typing import Any
 
 
 class InputError(ValueError):
@@ -7,3 +9,17 @@ class InputError(ValueError):
     The message is one line that names what cannot be used, the numbers and the remedy; the command line prints it as it
     stands and exits with 2.
     """
+
+
+def shown(value: Any) -> str:
+    """A value as it is quoted in a message: one line of moderate length, whatever it is."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of over 4300 digits
+        return "a number of thousands of digits"
+    return shorten(text, 200)
+
+
+def shorten(text: str, most: int) -> str:
+    """A text of at most so many characters, and how many there were."""
+    return text if len(text) <= most else f"{text[: most - 30]}... ({len(text):,} characters)"

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kfac_prune import ranks
 from kfac_prune.config import Recipe
-from kfac_prune.curvature.estimate import participants
+from kfac_prune.curvature.estimate import bypassed, participants
 from kfac_prune.data import (
     Windows,
     choose_texts,
@@ -22,7 +22,7 @@ from kfac_prune.data import (
     token_stream,
 )
 from kfac_prune.errors import InputError
-from kfac_prune.models import Layer, context_length, load_model, load_tokenizer, prunable_layers
+from kfac_prune.models import Layer, context_length, load_model, load_tokenizer, prunable_layers, reason
 from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.offload import offload
 from kfac_prune.stream import BlockStack, find_writers
@@ -72,7 +72,8 @@ def load_inputs(recipe: Recipe, objective: Objective, echo: Callable[[str], None
     if recipe.offload:
         offload(model, torch.device(recipe.device))
     check_tokens(model, calibration, held_out)
-    layers = prunable_layers(model, recipe.include, recipe.ignore)
+    check_runs(model, calibration, objective)
+    layers = called_layers(model, prunable_layers(model, recipe.include, recipe.ignore), calibration, objective, echo)
     if objective.unit == "sequence":
         layers = reached_layers(model, layers, calibration, objective, echo)
     return Inputs(model, tokenizer, layers, calibration, held_out)
@@ -89,6 +90,8 @@ def resolve_device(name: str) -> str:
     name = ranks.device_of_process(name)
     try:
         torch.empty(1, device=name)
+        if torch.device(name).type == "meta":
+            raise RuntimeError("it holds no numbers")
     except Exception as error:  # torch raises RuntimeError, AssertionError or AcceleratorError by kind of device
         raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return name
@@ -150,6 +153,23 @@ def check_tokens(model: PreTrainedModel, *windows: Windows) -> None:
             )
 
 
+def check_runs(model: PreTrainedModel, windows: Windows, objective: Objective) -> None:
+    """The model can be run, told by one window: a configuration can give shapes that do not fit together.
+
+    Raises:
+        InputError: it cannot.
+    """
+    first = next(windows.batches(1))
+    mask = None if first.attention_mask is None else first.attention_mask.to(model.device)
+    try:
+        with torch.no_grad():
+            objective.output(model, first.input_ids.to(model.device), mask)
+    except Exception as error:  # whatever the model's code happens to raise
+        raise InputError(
+            f"{type(model).__name__} of {model.config.name_or_path} fails on one window of text: {reason(error)}"
+        ) from error
+
+
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Rows of the input embeddings."""
     embeddings = model.get_input_embeddings().weight
@@ -179,6 +199,30 @@ def evaluation_windows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, objec
         )
     count = min(recipe.eval_samples, len(stream) // recipe.seqlen)
     return consecutive_windows(stream, count, recipe.seqlen, name=recipe.data)
+
+
+def called_layers(
+    model: PreTrainedModel,
+    layers: list[Layer],
+    calibration: Windows,
+    objective: Objective,
+    echo: Callable[[str], None],
+) -> list[Layer]:
+    """The layers that the model calls; says which ones it only takes the weights of, which no curvature is for.
+
+    Raises:
+        InputError: none is left.
+    """
+    unseen = bypassed(model, layers, calibration, objective)
+    left = [layer for layer in layers if layer not in unseen]
+    names = ", ".join(layer.name for layer in unseen)
+    if not left:
+        raise InputError(
+            f"{type(model).__name__} uses the weights of {names} without calling the layers; choose others"
+        )
+    if unseen:
+        echo(f"left dense, since {type(model).__name__} uses their weights without calling them: {names}")
+    return left
 
 
 def reached_layers(

@@ -8,7 +8,7 @@ from accelerate import init_empty_weights
 from transformers import PreTrainedModel
 
 from kfac_prune.errors import InputError
-from kfac_prune.models import LOADERS, Layer, class_with_own_widths, head_of, load_config, prunable_layers
+from kfac_prune.models import LOADERS, Layer, class_with_own_widths, head_of, load_config, prunable_layers, reason
 from kfac_prune.structure.groups import FfnUnits, Group, find_ffn, find_heads, saving
 from kfac_prune.structure.shrink import accepted_heads
 
@@ -28,13 +28,16 @@ def describe(
         InputError: a model of another kind, or a pattern that matches nothing.
     """
     config = load_config(source, trust_remote_code=trust_remote_code)
-    own = class_with_own_widths(config)
-    with init_empty_weights():
-        if own is not None:
-            model = own(config)
-        else:
-            model = LOADERS[head_of(config) or "causal"].from_config(config, trust_remote_code=trust_remote_code)
-    model.tie_weights()
+    try:
+        own = class_with_own_widths(config)
+        with init_empty_weights():
+            if own is not None:
+                model = own(config)
+            else:
+                model = LOADERS[head_of(config) or "causal"].from_config(config, trust_remote_code=trust_remote_code)
+        model.tie_weights()
+    except Exception as error:  # settings that do not fit together raise what each model's code happens to raise
+        raise InputError(f"{source}/config.json gives no model: {reason(error)}") from error
     layers = prunable_layers(model, include, ignore)
     width = max(len(layer.name) for layer in layers)
     lines = [f"{'layer':{width}}  {'out x in':>13}  {'weights':>12}  bias  {'2:4 fits':>8}"]
@@ -95,7 +98,13 @@ def coverage(model: PreTrainedModel, layers: Sequence[Layer]) -> str:
     rest = [(name, p) for name, p in model.named_parameters() if name not in names]
     matrices = [f"{name} {list(p.shape)}" for name, p in rest if p.ndim > 1]
     shown = matrices if len(matrices) <= 6 else [*matrices[:5], f"{len(matrices) - 5} more"]
-    return (
+    text = (
         f"{len(layers)} layers hold {covered:,} of {total:,} parameters ({covered / total:.1%}). Left as they are: "
         f"{', '.join(shown) or 'no matrix'}, and {sum(p.ndim <= 1 for _, p in rest)} vectors (norms, biases)."
     )
+    stacked = sum(p.numel() for _, p in rest if p.ndim > 2)
+    if stacked:
+        text += (
+            f" Tensors of three or more dimensions (experts, convolutions), never pruned, hold {stacked / total:.1%}."
+        )
+    return text

@@ -18,7 +18,7 @@ from kfac_prune.models import Layer, load_config
 from kfac_prune.objective import Objective, find_objective
 from kfac_prune.quality import Quality
 from kfac_prune.report import Stages
-from kfac_prune.store import check_output
+from kfac_prune.store import check_apart, check_output
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def begin(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
         InputError: something about the input is wrong.
     """
     check_output(recipe.out, overwrite=recipe.overwrite)
+    check_apart(recipe.out, {"model": recipe.model, "data": recipe.data, "eval_data": recipe.eval_data})
     config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
     objective = find_objective(recipe.objective, recipe.model, config)
     if recipe.fisher != "sampled" and objective.unit == "sequence":

@@ -6,7 +6,7 @@ from typing import Any
 
 from kfac_prune.config import Recipe
 from kfac_prune.errors import InputError
-from kfac_prune.inputs import check_tokens, evaluation_windows, resolve_device, vocabulary_size
+from kfac_prune.inputs import check_runs, check_tokens, evaluation_windows, resolve_device, vocabulary_size
 from kfac_prune.models import load_config, load_model, load_tokenizer, prunable_layers
 from kfac_prune.objective import CAUSAL, find_objective
 from kfac_prune.quality import evaluate
@@ -51,6 +51,7 @@ def measure(recipe: Recipe, *, dense_source: str | None = None, quiet: bool = Tr
     for one in (model, dense):
         if one is not None:
             check_tokens(one, windows)
+            check_runs(one, windows, objective)
     if dense is not None and vocabulary_size(dense) != vocabulary_size(model):
         raise InputError(
             f"{recipe.model} knows {vocabulary_size(model)} tokens and {dense_source} {vocabulary_size(dense)}: "

@@ -28,8 +28,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.hub import cached_file
 
-from kfac_prune.errors import InputError
+from kfac_prune.errors import InputError, shown
 from kfac_prune.pruned_model import with_own_widths
 
 #: What a model ends in, told by the name of its architecture.
@@ -161,6 +162,8 @@ def prunable_layers(model: PreTrainedModel, include: Sequence[str] = (), ignore:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and module is not head and id(module.weight) not in tied:
             layers.append(Layer(name, module))
+            if 0 in layers[-1].shape:
+                raise InputError(f"layer {name} is {list(layers[-1].shape)} [out, in], which holds no weight")
             tied.add(id(module.weight))  # a matrix that two modules share is one matrix
     for pattern in (*include, *ignore):
         if not any(fnmatch.fnmatchcase(layer.name, pattern) for layer in layers):
@@ -201,7 +204,7 @@ def find_blocks(model: nn.Module, layers: Iterable[Layer]) -> tuple[list[str], l
     return best[1], best[2]
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """An error's first line, with the second where the first only announces it."""
     if isinstance(error, KeyError):  # whose text is the key alone
         return f"{error} is missing"
@@ -219,21 +222,34 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
         folder = Path(source).expanduser()
         exists = folder.exists()
     except (OSError, RuntimeError) as error:  # a name that is too long, a folder without permission, no such ~user
-        raise InputError(f"{source} cannot be looked up: {_reason(error)}") from error
+        raise InputError(f"{source} cannot be looked up: {reason(error)}") from error
     if exists:
         if not folder.is_dir() or not (folder / "config.json").is_file():
             raise InputError(f"{source} is not a model folder: it holds no config.json")
         try:
-            json.loads((folder / "config.json").read_text())
-        except (ValueError, OSError) as error:
+            content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (ValueError, OSError, RecursionError) as error:
             raise InputError(f"{source}/config.json cannot be read: {error}") from error
+        if not isinstance(content, dict):
+            raise InputError(f"{source}/config.json holds {type(content).__name__}, not an object of settings")
     elif source.startswith((".", "/", "~")) or source.endswith("/") or source.count("/") > 1:
         raise InputError(f"there is no model folder {source}")
     try:
         config = AutoConfig.from_pretrained(str(folder) if exists else source, trust_remote_code=trust_remote_code)
     except Exception as error:  # a wrong value, a wrong type and a failing network each have their own types there
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{source} comes with code of its own, which runs only with --trust-remote-code"
+            ) from error
         what = "/config.json cannot be used" if exists else " is neither a local model folder nor a hub model to be had"
-        raise InputError(f"{source}{what}: {_reason(error)}") from error
+        raise InputError(f"{source}{what}: {reason(error)}") from error
+    for name, kind in (("architectures", list), ("auto_map", dict)):
+        if not isinstance(getattr(config, name, None) or kind(), kind):
+            raise InputError(
+                f"{source}/config.json has {name} {shown(getattr(config, name))}; it must be a {kind.__name__}"
+            )
+    if not all(isinstance(name, str) for name in config.architectures or []):
+        raise InputError(f"{source}/config.json has architectures {shown(config.architectures)}; it must hold names")
     if getattr(config, "quantization_config", None):
         raise InputError(f"{source} is a quantised checkpoint; prune the full-precision model, then quantise that")
     if head_of(config) is None:
@@ -266,14 +282,18 @@ def head_of(config: Any) -> Head | None:
 def load(source: str | Path, **options: Any) -> PreTrainedModel:
     """``from_pretrained`` with the class that fits the checkpoint, models with widths of their own included.
 
-    Those need no remote code here.
+    Those need no remote code here. Pickles are refused.
 
     Args:
         source: local folder or hub id.
         options: of ``from_pretrained``.
     """
+    _check_files(str(source), Path(source).expanduser())
+    options["use_safetensors"] = True
     config = AutoConfig.from_pretrained(source, trust_remote_code=options.get("trust_remote_code", False))
-    kind = class_with_own_widths(config) or LOADERS[head_of(config) or "causal"]
+    head = head_of(config)
+    named = getattr(transformers, (config.architectures or [""])[0], None) if head is None else None
+    kind = class_with_own_widths(config) or named or LOADERS[head or "causal"]
     return cast(PreTrainedModel, kind.from_pretrained(source, **options))
 
 
@@ -308,8 +328,10 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are told below, by name
         )
+    except InputError:
+        raise
     except Exception as error:  # safetensors, torch and the hub raise unrelated types for broken files
-        raise InputError(f"the weights of {source} cannot be loaded: {_reason(error)}") from error
+        raise InputError(f"the weights of {source} cannot be loaded: {reason(error)}") from error
     model, report = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)  # as asked for by output_loading_info
     if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
         raise InputError(f"the checkpoint {source} lacks {len(missing)} of the model's tensors, such as {missing[0]}")
@@ -324,6 +346,35 @@ def load_model(
     return cast(PreTrainedModel, model.eval())
 
 
+def _check_files(source: str, folder: Path) -> None:
+    """All weights are in safetensors files of the checkpoint itself; a pickle is never loaded.
+
+    Raises:
+        InputError: there are pickles alone, or the index of shards names something else.
+    """
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and (found := sorted(folder.glob("*.bin"))):
+        raise InputError(
+            f"{source} holds its weights as {found[0].name}, a pickle, which can run code and is never loaded; save "
+            "the model again as safetensors"
+        )
+    name = "model.safetensors.index.json"
+    index = cached_file(
+        str(folder) if folder.is_dir() else source,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if index is None:
+        return
+    try:
+        shards = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{source}/{name} cannot be read: {reason(error)}") from error
+    for shard in shards:
+        if not isinstance(shard, str) or not shard.endswith(".safetensors") or Path(shard).name != shard:
+            raise InputError(f"{source}/{name} names {shown(shard)}, which is no safetensors file beside it")
+
+
 def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
@@ -336,7 +387,7 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTraine
             str(folder) if folder.exists() else source, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # as for the weights
-        raise InputError(f"{source} has no usable tokenizer (tokenizer.json or its like): {_reason(error)}") from error
+        raise InputError(f"{source} has no usable tokenizer (tokenizer.json or its like): {reason(error)}") from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of missing files
         raise InputError(f"{source} has no usable tokenizer: its files are missing, or its vocabulary is empty")
     return tokenizer

@@ -296,7 +296,7 @@ def modules_of(source: str) -> dict[str, str]:
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
 
 
@@ -314,6 +314,8 @@ def _sentence_embedding(source: str) -> Embedding:
     if "Pooling" in parts:
         path = side_file(source, f"{parts['Pooling']}/config.json")
         settings = _json(path) if path is not None else {}
+        if not isinstance(settings, dict):
+            raise InputError(f"{path} holds {type(settings).__name__}, not an object of settings")
         pooling = _pooling(settings, f"{source}/{parts['Pooling']}/config.json")
     return Embedding(pooling, "Normalize" in parts)
 

@@ -102,6 +102,8 @@ class Comparison:
                 raise InputError(f"{name} is empty; name at least one")
         if self.seeds < 1:
             raise InputError(f"seeds is {self.seeds}; it must be at least 1")
+        if self.recipe.seed + self.seeds > 2**63:
+            raise InputError(f"seeds is {self.seeds} from seed {self.recipe.seed} on; all must be below 2^63")
         levels = {level.name: level for level in map(Level.parse, self.levels)}
         object.__setattr__(self, "_levels", tuple(levels.values()))
         object.__setattr__(self, "methods", tuple(dict.fromkeys(self.methods)))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ def check_output(out: str, *, overwrite: bool, need_bytes: int = 0) -> Path:
     Raises:
         InputError: it exists, is a file, cannot be created, or the disk is too full.
     """
+    if not out.strip():
+        raise InputError("--out is empty; say which folder to use")
     try:
         target = Path(out).expanduser().resolve()  # a link to a folder: that folder is written, the link stays
         if target.exists() and not target.is_dir():
@@ -58,6 +61,34 @@ def check_output(out: str, *, overwrite: bool, need_bytes: int = 0) -> Path:
             f"--out {out} needs about {need_bytes / 1e9:.2f} GB, and {parent} has {free / 1e9:.2f} GB free; make room"
         )
     return target
+
+
+def earlier_result(out: str, names: Sequence[str]) -> bool:
+    """A folder holds the first of some names, and nothing that fits none: what a command replaces without being told.
+
+    Args:
+        out: the folder.
+        names: shell patterns; the first is a name.
+    """
+    try:
+        found = {path.name for path in Path(out).expanduser().iterdir()}
+    except (OSError, RuntimeError):  # no such folder; ``check_output`` tells what is wrong with others
+        return False
+    return names[0] in found and all(any(fnmatch.fnmatchcase(one, name) for name in names) for one in found)
+
+
+def check_apart(out: str, inputs: Mapping[str, str | None]) -> None:
+    """A folder that may be replaced neither is nor holds an input of the run.
+
+    Args:
+        out: the folder, which ``check_output`` has accepted.
+        inputs: sources by the option that names them; those that are no file or folder here do not matter.
+    """
+    target = Path(out).expanduser().resolve()
+    for name, source in inputs.items():
+        path = os.path.expanduser(source or "")
+        if source and os.path.exists(path) and Path(path).resolve().is_relative_to(target):
+            raise InputError(f"--out {out} is or holds the {name} {source}, which would be lost; choose another folder")
 
 
 def work_folder(out: str) -> Path:
@@ -118,7 +149,8 @@ def save_artifact(path: Path, tensors: Mapping[str, Tensor], *, key: str, record
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"key": key, "record": json.dumps(record), "sha256": content_hash(whole)}
+    metadata = {"key": key, "record": json.dumps(record)}
+    metadata["sha256"] = _artifact_hash(whole, metadata["record"])
     partial = path.with_suffix(".partial")
     save_file(whole, partial, metadata=metadata)
     os.replace(partial, path)
@@ -138,11 +170,11 @@ def load_artifact(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, An
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         found, record, content = metadata["key"], json.loads(metadata["record"]), metadata["sha256"]
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:  # RecursionError among the last
         raise InputError(f"{path} is broken ({type(error).__name__}: {error}); {remedy}") from error
     if found != key:
         raise InputError(f"{path} is from another run: other model, data or options; {remedy}")
-    if content != content_hash(tensors):
+    if content != _artifact_hash(tensors, metadata["record"]):
         raise InputError(f"{path} is broken (its content does not have the hash that it states); {remedy}")
     return tensors, record
 
@@ -197,7 +229,9 @@ class Ledger:
             return
         try:
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as error:
+            if not all(isinstance(line, dict) for line in lines):
+                raise ValueError("a line is not an object")
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path} cannot be read ({error}); move it away, or add --overwrite") from error
         if lines:
             self.header, *self.rows = lines
@@ -220,6 +254,10 @@ class Ledger:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, self.path)
+
+
+def _artifact_hash(tensors: Mapping[str, Tensor], record: str) -> str:
+    return hashlib.sha256(f"{content_hash(tensors)} {record}".encode()).hexdigest()
 
 
 def content_hash(tensors: Mapping[str, Tensor]) -> str:

@@ -188,9 +188,10 @@ def observed(layers: Sequence[Layer], *, detach: bool = True) -> Iterator[dict[s
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def hook(name: str) -> Any:
-        def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             seen.pop(name, None)
             seen[name] = (args[0].detach(), output.detach()) if detach else (args[0], output)
+            return output.clone()  # the model may add to its own in place, as Falcon does
 
         return keep
 

@@ -17,7 +17,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from kfac_prune.cli import build_parser, main
-from kfac_prune.config import read_recipe
+from kfac_prune.recipe_file import read_recipe
 
 
 def step(options: Sequence[str]) -> int:

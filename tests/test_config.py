@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kfac_prune.config import ALLOCATIONS, BASELINES, METHODS, SEQUENCE_METHODS, Recipe, parse_pattern, read_recipe
+from kfac_prune.config import ALLOCATIONS, BASELINES, METHODS, SEQUENCE_METHODS, Recipe, parse_pattern
 from kfac_prune.errors import InputError
+from kfac_prune.recipe_file import read_recipe
 
 PATHS = {"model": "m", "data": "d", "out": "o"}
 FIELDS = [f.name for f in dataclasses.fields(Recipe)]

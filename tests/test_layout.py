@@ -21,7 +21,7 @@ LAYERS = (
     ("kernels", "ranks"),
     ("backend",),
     ("config", "linalg", "data", "store", "pruned_model"),
-    ("models", "fisher", "protocol"),
+    ("models", "fisher", "protocol", "recipe_file"),
     ("objective",),
     ("quality",),
     ("operators", "stream", "export", "offload"),

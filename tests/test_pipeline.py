@@ -30,12 +30,13 @@ from transformers.pytorch_utils import Conv1D
 
 import kfac_prune
 from kfac_prune import inputs, pipeline, reconstruction
-from kfac_prune.config import BASELINES, METHODS, SEQUENCE_METHODS, Recipe, read_recipe
+from kfac_prune.config import BASELINES, METHODS, SEQUENCE_METHODS, Recipe
 from kfac_prune.errors import InputError
 from kfac_prune.inputs import load_data
 from kfac_prune.models import prunable_layers
 from kfac_prune.obs import NM
 from kfac_prune.pipeline import run
+from kfac_prune.recipe_file import read_recipe
 
 SHARED = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2}
 WRITTEN = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} | {

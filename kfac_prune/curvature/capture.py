@@ -93,6 +93,7 @@ class FactorCapture:
         gradients: per layer or block name.
         token_mask: [B, T] bool, True = counts, or None = all count.
         per_sequence: layers may see one row [B, features] per sequence (a classifier on the first token), which counts.
+        batch: what messages call the batch that is seen at the moment.
     """
 
     layers: Sequence[Layer]
@@ -101,6 +102,8 @@ class FactorCapture:
     gradients: dict[str, GradientMoments] = field(default_factory=dict)
     token_mask: Tensor | None = None
     per_sequence: bool = False
+    batch: str = "the batch"
+    _finite: dict[int, list[tuple[str, Tensor]]] = field(default_factory=dict)  # id of moments -> after every batch
     _last: tuple[str, Tensor, int] | None = None
     _reads_with: dict[str, str] = field(default_factory=dict)  # layer -> the layer whose InputMoments it shares
 
@@ -181,12 +184,21 @@ class FactorCapture:
             return  # the owner has added these rows
         self._last = (name, x, x._version)
         with torch.no_grad():
-            self.inputs[name].add(self._rows(name, x))
+            self._add(self.inputs[name], self._rows(name, x))
 
     def _see_gradient(self, name: str, gradient: Tensor) -> None:
         if name not in self.gradients:
             self.gradients[name] = GradientMoments.zeros(gradient.shape[-1], gradient.device)
-        self.gradients[name].add(self._rows(name, gradient.detach()))
+        self._add(self.gradients[name], self._rows(name, gradient.detach()))
+
+    def _add(self, moments: InputMoments | GradientMoments, rows: Tensor) -> None:
+        """Add rows, and note on the device, where reading it would wait, whether the sums are finite still."""
+        moments.add(rows)
+        self._finite.setdefault(id(moments), []).append((self.batch, moments.second.trace().isfinite()))
+
+    def broken_by(self, moments: InputMoments | GradientMoments) -> str | None:
+        """The first batch after which the sums were NaN or infinite."""
+        return next((batch for batch, finite in self._finite.get(id(moments), []) if not finite), None)
 
     def _rows(self, name: str, x: Tensor) -> Tensor:
         """The rows [tokens, features] of the positions that count."""

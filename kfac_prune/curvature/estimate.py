@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,16 +14,18 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kfac_prune import ranks
-from kfac_prune.curvature.capture import FactorCapture
+from kfac_prune.curvature.capture import FactorCapture, GradientMoments, InputMoments
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.fisher import FisherType
-from kfac_prune.models import Layer, find_blocks
+from kfac_prune.models import Layer, find_blocks, only_trained
 from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.operators import Curvature, Damping, DampingRecord, Diagonal, Kronecker, ScaledIdentity
 
 #: Cotangents per window where the model has one output per sequence; where it has one per token, every token has one.
 SEQUENCE_DRAWS = 4
+#: Of sums in float32: a variance below this fraction of the second moment is not known.
+ROUNDING = 1e-7
 #: The hierarchy: H = I, H diagonal, H = I ⊗ A, H = G ⊗ A.
 Method = Literal["magnitude", "obd", "layerwise", "kfac"]
 
@@ -73,6 +76,11 @@ class LayerFactors:
         if self.has_bias:  # in float64: the difference is small where the mean is large
             mean = self.mean.double()
             a = a.double() - torch.outer(mean, mean)
+            if float(a.trace()) <= ROUNDING * float(self.a.trace()):
+                raise InputError(
+                    f"layer {where}: its inputs are the same for all {self.tokens} tokens of the calibration text, so "
+                    "that its bias takes up any change of its weights; add text, or leave it out with --ignore"
+                )
         a, record_a = damping(a.to(dtype), name="A", where=where)
         if method == "layerwise":
             return Kronecker(a, None, out_features=shape[0]), [record_a]
@@ -156,13 +164,16 @@ def estimate_factors(
     names, blocks = find_blocks(model, layers)
     capture = FactorCapture(layers, dict(zip(names, blocks, strict=True)), per_sequence=sequences is not None)
     device = model.device
-    batches = ranks.share(list(windows.batches(max(min(batch_size, len(windows) // ranks.count()), 1))))
+    size = max(min(batch_size, len(windows) // ranks.count()), 1)
+    batches = ranks.share(list(windows.batches(size)))
     seen = sum(len(batch.input_ids) for batch in batches)
     with frozen(model), capture.hooked(), tqdm(total=seen, desc="curvature", unit="seq", disable=quiet) as bar:
         for batch in batches:
             ids = batch.input_ids.to(device)
             mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
             capture.token_mask = mask
+            first, last = int(batch.index[0]), int(batch.index[-1])
+            capture.batch = f"batch {first // size + 1} (windows {first + 1} to {last + 1})"
             with torch.enable_grad():
                 output = objective.output(model, ids, mask)
             for i, draw in enumerate(draws):
@@ -187,7 +198,7 @@ def draws_per_window(objective: Objective) -> int:
 def draw_all(model: PreTrainedModel, windows: Windows, objective: Objective, seed: int) -> list[Tensor]:
     """The random numbers of all cotangents: per draw, the first dimension the windows."""
     samples = draws_per_window(objective)
-    return [objective.draws(model, windows, seed * samples + i) for i in range(samples)]
+    return [objective.draws(model, windows, (seed * samples + i) % 2**63) for i in range(samples)]
 
 
 def participants(
@@ -212,16 +223,54 @@ def participants(
     return [layer for layer in layers if layer.name in reached]
 
 
+def bypassed(model: PreTrainedModel, layers: Sequence[Layer], windows: Windows, objective: Objective) -> list[Layer]:
+    """The layers whose weights the model uses without calling them (Mamba's ``dt_proj``), told by one window.
+
+    No hook sees their inputs, so there is no curvature for them. A layer that is neither called nor used here, such as
+    an expert that no token was sent to, is not among them.
+    """
+    first = next(windows.batches(1))
+    ids = first.input_ids.to(model.device)
+    mask = None if first.attention_mask is None else first.attention_mask.to(model.device)
+    called: set[str] = set()
+    with torch.no_grad(), ExitStack() as hooks:
+        for layer in layers:
+            note = partial(_note, called, layer.name)
+            hooks.callback(layer.module.register_forward_pre_hook(note).remove)
+        objective.output(model, ids, mask)
+    silent = [layer for layer in layers if layer.name not in called]
+    if not silent:
+        return []
+    weights = [layer.parameters()[0] for layer in silent]
+    with only_trained(model, weights):
+        output = objective.output(model, ids, mask)
+        if not output.requires_grad:
+            return []
+        found = torch.autograd.grad(output.sum(), weights, allow_unused=True)
+    return [layer for layer, gradient in zip(silent, found, strict=True) if gradient is not None]
+
+
+def _note(names: set[str], name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    names.add(name)
+
+
 def _finish(layer: Layer, capture: FactorCapture, sequences: int | None) -> LayerFactors:
     """Sums to means, with the checks that name the layer; G to sums per sequence where their number is given."""
     name = layer.name
     if name not in capture.inputs or name not in capture.gradients:
         raise InputError(f"layer {name} took no part in the forward pass; leave it out with --ignore '{name}'")
     inputs, gradients = capture.inputs[name], capture.gradients[name]
-    for label, total in (("inputs", inputs.second), ("output gradients", gradients.second)):
-        if not torch.isfinite(total).all():
+    if inputs.tokens == 0:
+        raise InputError(
+            f"layer {name} saw no token of the calibration text; add text, or leave it out with --ignore '{name}'"
+        )
+    sides: tuple[tuple[str, InputMoments | GradientMoments], ...]
+    sides = (("inputs", inputs), ("output gradients", gradients))
+    for label, moments in sides:
+        if not torch.isfinite(moments.second).all():
+            where = capture.broken_by(moments) or "a batch of another process"
             raise InputError(
-                f"layer {name}: its {label} hold NaN or infinity on the calibration text; "
+                f"layer {name}: its {label} hold NaN or infinity on the calibration text, first in {where}; "
                 "try --dtype float32 or bfloat16, or other text"
             )
     return LayerFactors(

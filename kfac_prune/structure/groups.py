@@ -152,7 +152,7 @@ def find_heads(model: PreTrainedModel, layers: Sequence[Layer]) -> list[Attentio
             continue
         heads, rows = consumer.shape[1] // width, sum(layer.shape[0] for layer in producers) // width
         groups = (rows - heads) // 2  # the rest are keys and values
-        if groups < 1:
+        if not 1 <= groups <= heads:
             continue
         one = AttentionHeads(name, producers, consumer, groups, heads // groups, width)
         if [len(r) for _, r in one.rows(one.everything())] != [layer.shape[0] for layer in producers]:

@@ -139,7 +139,7 @@ def latency_table(model: PreTrainedModel, groups: Sequence[Group], length: int) 
     heads = next((g for g in groups if isinstance(g, AttentionHeads)), None)
     key = _key(model, length, [g.name for g in (ffn, heads) if g is not None])
     cache = _read_cache()
-    if key not in cache:
+    if not _is_entry(cache.get(key)):
         entry: dict[str, list[Any]] = {"ffn": [], "heads": []}
         if ffn is not None:
             sizes = sorted({max(round(f * ffn.units), 1) for f in FRACTIONS})
@@ -212,9 +212,24 @@ def _read_cache() -> Mapping[str, Any]:
     """What has been timed; a file that cannot be read counts as empty, since all in it can be timed again."""
     try:
         content = json.loads(_cache_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _is_entry(entry: Any) -> bool:
+    """It has the sizes and times that ``latency_table`` writes."""
+    if (
+        not isinstance(entry, dict)
+        or not isinstance(entry.get("ffn"), list)
+        or not isinstance(entry.get("heads"), list)
+    ):
+        return False
+    sized = [(row, 2) for row in entry["ffn"]] + [(row, 3) for row in entry["heads"]]
+    return all(
+        isinstance(row, list) and len(row) == count and all(isinstance(x, int | float) for x in row)
+        for row, count in sized
+    )
 
 
 def _write_cache(content: Mapping[str, Any]) -> None:

@@ -7,11 +7,10 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from kfac_prune.errors import InputError
-from kfac_prune.store import check_output, new_folder
+from kfac_prune.store import check_output, earlier_result, new_folder
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def run_theory(out: str, *, size: Size | None = None, echo: Callable[[str], None
     Raises:
         InputError: scikit-learn or matplotlib is missing, or the folder cannot be written.
     """
-    overwrite = (Path(out).expanduser() / "theory.json").is_file()
+    overwrite = earlier_result(out, ("theory.json", "index.html", "*.png"))
     check_output(out, overwrite=overwrite)
     for module in ("sklearn", "matplotlib"):
         if find_spec(module) is None:
