@@ -223,11 +223,9 @@ def _echo(text: str) -> None:
 def _prune(arguments: argparse.Namespace) -> None:
     fields = read_recipe(arguments.recipe) if arguments.recipe else {}
     recipe = Recipe(**{**fields, **_given(arguments)})
-    from kfac_prune import ranks
     from kfac_prune.pipeline import run
 
-    ranks.join(recipe.device, arguments.processes)
-    run(recipe, echo=_echo, quiet=_quiet())
+    run(recipe, processes=arguments.processes, echo=_echo, quiet=_quiet())
 
 
 def _compare(arguments: argparse.Namespace) -> None:

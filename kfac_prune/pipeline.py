@@ -54,14 +54,21 @@ from kfac_prune.structure.repair import reconstruct_smaller
 logger = logging.getLogger("kfac_prune")
 
 
-def run(recipe: Recipe, *, echo: Callable[[str], None] = logger.info, quiet: bool = True) -> dict[str, Any]:
+def run(
+    recipe: Recipe,
+    *,
+    processes: int | None = None,
+    echo: Callable[[str], None] = logger.info,
+    quiet: bool = True,
+) -> dict[str, Any]:
     """Prune a model as the recipe says and write the result to ``recipe.out``.
 
-    Several processes (``ranks.join``, or ``torch.distributed`` set up by the caller) share the work; the first of them
-    writes and speaks, and all return the same.
+    Several processes, as torchrun and accelerate launch start them, share the work; the first of them writes and
+    speaks, and all return the same.
 
     Args:
         recipe: what to do.
+        processes: refuse to run in any other number of them; None takes what there is.
         echo: receives the lines meant for a person (stages, plan, figures).
         quiet: show no progress bars.
 
@@ -71,6 +78,7 @@ def run(recipe: Recipe, *, echo: Callable[[str], None] = logger.info, quiet: boo
     Raises:
         InputError: something about the input is wrong; nothing has been written.
     """
+    ranks.join(recipe.device, processes)
     recipe = replace(recipe.resolved(), device=resolve_device(recipe.device))
     if not ranks.leads():
         echo, quiet = _silent, True
