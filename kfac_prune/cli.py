@@ -83,7 +83,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="stop unless so many processes share the work, as torchrun or accelerate launch start them, each with the "
         "whole model and a GPU of its own; default: as many as there are",
     )  # fmt: skip
-    prune.set_defaults(run=_prune)
+    prune.set_defaults(
+        run=_prune, interrupted="nothing was written to --out; with --resume the same command goes on from OUT.work"
+    )
 
     compare = commands.add_parser(
         "compare",

@@ -148,7 +148,14 @@ def save_artifact(path: Path, tensors: Mapping[str, Tensor], *, key: str, record
         record: figures that JSON can hold.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    whole: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.untyped_storage().data_ptr() in storages:  # safetensors refuses two tensors in one storage
+            tensor = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
+        whole[name] = tensor
     metadata = {"key": key, "record": json.dumps(record)}
     metadata["sha256"] = _artifact_hash(whole, metadata["record"])
     partial = path.with_suffix(".partial")

@@ -371,7 +371,8 @@ def test_interrupt_is_one_line(here, capsys, monkeypatch):
 
     monkeypatch.setattr(pipeline, "estimate_factors", interrupted)
     assert main(["prune", "model", "--data", "text.txt", "--out", "out", *SMALL]) == 130
-    assert capsys.readouterr().err == "kfac-prune: interrupted; nothing was written to --out\n"
+    said = "nothing was written to --out; with --resume the same command goes on from OUT.work"
+    assert capsys.readouterr().err == f"kfac-prune: interrupted; {said}\n"
     assert sorted(p.name for p in here.iterdir()) == ["model", "text.txt"]
 
 

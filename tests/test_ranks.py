@@ -186,9 +186,9 @@ def loaded(place, name):
 def dies_or_waits(rank, root):
     begin(rank, root, 2)
     if rank == 1:
-        from kfac_prune import plan
+        from kfac_prune import pipeline
 
-        plan.loss_curves = lambda *a, **k: os._exit(9)
+        pipeline.make_plan = lambda *a, **k: os._exit(9)
     run(recipe(root, "reconstruct", 2))
 
 

@@ -6,10 +6,11 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 
 from kfac_prune import store
 from kfac_prune.errors import InputError
-from kfac_prune.store import check_output, new_folder
+from kfac_prune.store import check_output, load_artifact, new_folder, save_artifact
 
 
 def tree(folder):
@@ -267,3 +268,12 @@ def test_only_what_runs_left_is_cleared(tmp_path):
     (work / "notes.txt").unlink()
     store.clear_work(str(tmp_path / "out"))
     assert not work.exists()
+
+
+def test_an_artefact_may_hold_views_of_one_tensor(tmp_path):
+    whole = torch.arange(6.0).reshape(2, 3)
+    save_artifact(tmp_path / "file.safetensors", {"whole": whole, "row": whole[1], "same": whole}, key="k", record={})
+    tensors, _ = load_artifact(tmp_path / "file.safetensors", "k")
+    assert torch.equal(tensors["whole"], whole)
+    assert torch.equal(tensors["row"], whole[1])
+    assert torch.equal(tensors["same"], whole)
