@@ -18,15 +18,9 @@ from kfac_prune.config import BASELINES, SEQUENCE_METHODS, Recipe, parse_pattern
 from kfac_prune.curvature.estimate import Factors, estimate_factors, participants
 from kfac_prune.curvature.sequences import SequenceFisher, check_memory
 from kfac_prune.export import save_model, save_side_files, verify_saved
-from kfac_prune.inputs import (
-    resolve_device,
-)
+from kfac_prune.inputs import resolve_device
 from kfac_prune.job import Job, Outcome, begin
-from kfac_prune.models import (
-    Layer,
-    head_of,
-    prunable_layers,
-)
+from kfac_prune.models import Layer, head_of, prunable_layers
 from kfac_prune.obs import NM
 from kfac_prune.operators import Damping
 from kfac_prune.permute import Permuted, permute_model

@@ -22,7 +22,7 @@ from kfac_prune.models import Layer, WeightSwap
 from kfac_prune.obs import FAST, NM, Unstructured, saliency, solve
 from kfac_prune.operators import Damping
 from kfac_prune.probe import Probe
-from kfac_prune.problems import PlannedLayer, Problems, PruningMethod, effort
+from kfac_prune.problems import PlannedLayer, Problems, PruningMethod, owners
 
 #: Sparsities at which a layer's loss curve is computed.
 CURVE_POINTS = (0.3, 0.5, 0.7, 0.9)
@@ -159,8 +159,7 @@ def loss_curves(
     They serve plans at any sparsity. Several processes share the layers out. Arguments as ``make_plan``.
     """
     problems, found = Problems(factors, "kfac", damping or Damping()), {}
-    owner = ranks.owners([effort(layer) for layer in layers])
-    mine = [layer for layer, process in zip(layers, owner, strict=True) if process == ranks.index()]
+    mine = [layer for layer, process in zip(layers, owners(layers), strict=True) if process == ranks.index()]
     for layer in tqdm(mine, desc="loss curves", unit="layer", disable=quiet):
         weight, operator, _ = problems(layer)
         points = {s: solve(weight, operator, Unstructured(s), FAST).loss for s in CURVE_POINTS}

@@ -171,16 +171,16 @@ def solved(
         label: of the progress bar.
         quiet: show no progress bar.
     """
-    owner = ranks.owners([effort(layer) for layer in layers])
+    owner = owners(layers)
     mine = [number for number, process in enumerate(owner) if process == ranks.index()]
     made = {number: solve(number) for number in tqdm(mine, desc=label, unit="layer", disable=quiet)}
     return [agreed(made.get(number), layer, owner[number]) for number, layer in enumerate(layers)]
 
 
-def effort(layer: Layer) -> float:
-    """Of solving a layer, in multiplications up to a constant: factorisations and products with the factors."""
-    rows, columns = layer.shape
-    return float(rows**3 + columns**3 + rows * columns * (rows + columns))
+def owners(layers: Sequence[Layer]) -> list[int]:
+    """Which process solves which layer; balanced by the multiplications that factorisations and products take."""
+    sizes = [layer.shape for layer in layers]
+    return ranks.owners([float(r**3 + c**3 + r * c * (r + c)) for r, c in sizes])
 
 
 def agreed(made: PlannedLayer | None, layer: Layer, source: int = 0) -> PlannedLayer:

@@ -115,6 +115,14 @@ def summed(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors
 
 
+def counted(number: int, *tensors: Tensor) -> int:
+    """Tensors become their sums over all processes, as by ``summed``; returns the sum of what they count."""
+    if not _several():
+        return number
+    (total, *_) = summed(torch.tensor(number, device=tensors[0].device), *tensors)
+    return int(total)
+
+
 def sent(tensor: Tensor, source: int = 0) -> Tensor:
     """What one process has, in all of them; the others bring a tensor like it."""
     if not _several():

@@ -90,9 +90,7 @@ class Moments:
 
     def add_up(self) -> Moments:
         """With what all processes have seen; each has the sums then."""
-        tokens = torch.tensor(self.tokens, device=self.hh.device)
-        ranks.summed(self.hh, self.th, self.tt, self.h, self.t, tokens)
-        self.tokens = int(tokens)
+        self.tokens = ranks.counted(self.tokens, self.hh, self.th, self.tt, self.h, self.t)
         return self
 
     def means(self, *, centred: bool) -> tuple[Tensor, Tensor, Tensor]:

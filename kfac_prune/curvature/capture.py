@@ -133,17 +133,21 @@ class FactorCapture:
         read = set().union(*(names for names, _, _ in said))
         reads_with = {name: owner for _, pairs, _ in said for name, owner in pairs.items()}
         written = set().union(*(names for _, _, names in said))
+        device = next(iter(self.gradients.values())).second.device  # that of a layer's weight may be another
         for layer in self.layers:
-            device = layer.weight.device
             if layer.name in read - set(reads_with):
-                moments = self.inputs.setdefault(layer.name, InputMoments.zeros(layer.shape[1], device))
-                moments.tokens = _sum(moments.tokens, moments.second, moments.first)
+                if layer.name not in self.inputs:
+                    self.inputs[layer.name] = InputMoments.zeros(layer.shape[1], device)
+                moments = self.inputs[layer.name]
+                moments.tokens = ranks.counted(moments.tokens, moments.second, moments.first)
             if layer.name in written:
-                gradients = self.gradients.setdefault(layer.name, GradientMoments.zeros(layer.shape[0], device))
-                gradients.tokens = _sum(gradients.tokens, gradients.second)
+                if layer.name not in self.gradients:
+                    self.gradients[layer.name] = GradientMoments.zeros(layer.shape[0], device)
+                gradients = self.gradients[layer.name]
+                gradients.tokens = ranks.counted(gradients.tokens, gradients.second)
         for name in self.blocks:
             gradients = self.gradients[name]
-            gradients.tokens = _sum(gradients.tokens, gradients.second)
+            gradients.tokens = ranks.counted(gradients.tokens, gradients.second)
         self.inputs |= {name: self.inputs[owner] for name, owner in reads_with.items()}
 
     def _hook(self, layer: Layer) -> list[RemovableHandle]:
@@ -211,9 +215,3 @@ class FactorCapture:
                 "padding cannot be told apart; use windows without padding, or leave the layer out with --ignore"
             )
         return rows[self.token_mask.reshape(-1).to(rows.device)]
-
-
-def _sum(tokens: int, *tensors: Tensor) -> int:
-    """Tensors become their sums over all processes; returns that of the tokens."""
-    (total, *_) = ranks.summed(torch.tensor(tokens, device=tensors[0].device), *tensors)
-    return int(total)
