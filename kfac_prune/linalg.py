@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,6 +13,25 @@ from kfac_prune import backend
 
 #: Small matrices that are factorised at a time, for the sake of memory.
 AT_A_TIME = 1024
+
+
+@contextmanager
+def approximate_products() -> Iterator[None]:
+    """Within the block float32 matrices are multiplied by the matrix units of the device, where it has any.
+
+    Their entries are rounded to TF32 on a GPU and to bfloat16 on a CPU (a relative error of the product of about 3e-4
+    and 2e-3), sums are float32. Everywhere else, and for other dtypes, nothing changes. For iterations that correct
+    themselves; never for a factorisation.
+    """
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend, precision in zip(backends, ("tf32", "bf16"), strict=True):
+            backend.fp32_precision = precision
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def shifted(matrix: Tensor, shift: float | Tensor) -> Tensor:
@@ -64,4 +87,7 @@ def kth_largest(values: Tensor, k: int) -> Tensor:
     if flat.is_cuda and flat.dtype == torch.float32:
         found: Tensor = backend.kth_largest([flat], k)
         return found
+    if flat.device.type == "cpu" and flat.dtype in (torch.float32, torch.float64):  # ten times as fast as torch
+        rank = flat.numel() - k
+        return torch.as_tensor(np.partition(flat.detach().numpy(), rank)[rank])
     return torch.kthvalue(flat, flat.numel() - k + 1).values

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kfac_prune import backend
+from kfac_prune.linalg import approximate_products
 from kfac_prune.operators import Curvature
 from kfac_prune.reference_pcg import Row, advance
 
@@ -51,7 +53,9 @@ def compensate(
     """Minimise ``½⟨X − W, H(X − W)⟩`` over X that vanish off the mask.
 
     Conjugate gradients with the Jacobi preconditioner on the kept entries. The *unmasked* residual H(W − X) is carried
-    along, so the objective and the gradient on removed weights cost no further product.
+    along, so the objective and the gradient on removed weights cost no further product. The iterations multiply
+    approximately (see ``approximate_products``) until the objective has settled; where what they believe is then more
+    than the tolerance below the truth, exact ones follow.
 
     Args:
         weight: W [out, in].
@@ -62,21 +66,36 @@ def compensate(
         max_iterations: stop there in any case; the residual reached is reported.
     """
     x = (weight * mask if start is None else start * mask).contiguous()
-    gradient = curvature.apply(weight - x).contiguous()  # H(W − X), the negative gradient on every weight
     diagonal = curvature.diagonal()
     inverse = (mask / diagonal).contiguous()  # of the preconditioner, on the kept weights
-    z = gradient * inverse
-    rz, loss = float(torch.sum(gradient * z)), 0.5 * float(torch.sum((weight - x) * gradient))
-    run = _queued if x.is_cuda else _watched
-    begin = Row(rz, loss, 0.0, 0, rz > 0)
-    end = run(curvature, (x, gradient, z.clone(), z), inverse, begin, tolerance, max_iterations)
-    total = float(torch.sum(gradient.square() / diagonal))
+
+    loop = _queued if x.is_cuda else _watched
+    approximate = tolerance >= TOLERANCE
+    state, begin = _begun(weight, curvature, x, inverse)
+    with approximate_products() if approximate else nullcontext():
+        end = loop(curvature, state, inverse, begin, tolerance, max_iterations)
+    iterations, believed = int(end.iterations), end.loss
+    if approximate:
+        del state
+        state, end = _begun(weight, curvature, x, inverse)
+        if end.loss > believed * (1 + tolerance):
+            end = loop(curvature, state, inverse, end, tolerance, max_iterations - iterations)
+            iterations += int(end.iterations)
+    total = float(torch.sum(state[1].square() / diagonal))
     return Compensation(
         weight=x,
-        loss=max(0.5 * float(torch.sum((weight - x) * gradient)), 0.0),
+        loss=max(0.5 * float(torch.sum((weight - x) * state[1])), 0.0),
         kkt=(end.rz / total) ** 0.5 if total > 0 else 0.0,
-        iterations=int(end.iterations),
+        iterations=iterations,
     )
+
+
+def _begun(weight: Tensor, curvature: Curvature, x: Tensor, inverse: Tensor) -> tuple[Vectors, Row]:
+    """Vectors and log at a point X, with exact products."""
+    gradient = curvature.apply(weight - x).contiguous()  # H(W − X), the negative gradient on every weight
+    z = gradient * inverse
+    rz, loss = float(torch.sum(gradient * z)), 0.5 * float(torch.sum((weight - x) * gradient))
+    return (x, gradient, z.clone(), z), Row(rz, loss, 0.0, 0, rz > 0)
 
 
 def _watched(

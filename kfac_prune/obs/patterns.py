@@ -14,6 +14,10 @@ from torch import Tensor
 from kfac_prune.linalg import kth_largest
 
 
+#: In groups of at most so many, all pairs are compared, which is faster than sorting.
+COMPARED = 8
+
+
 class Pattern(ABC):
     """The feasible masks of one layer."""
 
@@ -48,11 +52,11 @@ class Unstructured(Pattern):
         """The largest scores; ties go to the earlier position, so that the count is exact."""
         keep = self.kept_of(scores.numel())
         threshold = kth_largest(scores, keep)
-        mask = scores > threshold
-        missing = keep - int(mask.sum())
-        ties = (scores == threshold).reshape(-1).nonzero().squeeze(-1)[:missing]
-        rows, columns = torch.unravel_index(ties, mask.shape)
-        mask[rows, columns] = True
+        mask = scores >= threshold
+        surplus = int(mask.sum()) - keep
+        if surplus:
+            ties = (scores == threshold).reshape(-1).nonzero().squeeze(-1)[-surplus:]
+            mask[torch.unravel_index(ties, mask.shape)] = False
         return mask
 
 
@@ -89,6 +93,16 @@ class NM(Pattern):
         width = scores.shape[1]
         padding = -width % self.m
         padded = torch.nn.functional.pad(scores, (0, padding), value=-1.0) if padding else scores
+        if self.m <= COMPARED:
+            members = rearrange(padded, "o (g m) -> m o g", m=self.m).contiguous()
+            beaten = torch.zeros_like(members, dtype=torch.int8)  # by how many others of the group
+            for i in range(self.m):
+                beaten[i] += self.m - 1 - i  # by all that come later, less those that it beats
+                for j in range(i + 1, self.m):
+                    first = (members[i] >= members[j]).view(torch.int8)
+                    beaten[j] += first
+                    beaten[i] -= first
+            return rearrange(beaten < self.n, "m o g -> o (g m)")[:, :width]
         groups = rearrange(padded, "o (g m) -> o g m", m=self.m)
         kept = torch.zeros_like(groups, dtype=torch.bool)
         kept.scatter_(-1, groups.topk(self.n, dim=-1, sorted=False).indices, True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kfac_prune.linalg import approximate_products
 from kfac_prune.obs.compensate import TOLERANCE
 from kfac_prune.obs.patterns import Pattern
 from kfac_prune.obs.project import z_step
@@ -109,13 +110,14 @@ def admm(weight: Tensor, curvature: Curvature, pattern: Pattern, schedule: AdmmS
     step_z = z_step(pattern, w)
     rho, factored_at, unchanged, iteration = RHO_START, 0.0, 0, 0
     for iteration in range(1, schedule.iterations + 1):  # noqa: B007  (its last value is reported)
-        if rho >= 2 * factored_at:
-            precondition, factored_at = h.preconditioned(2**0.5 * rho), rho
+        if rho >= 4 * factored_at:
+            precondition, factored_at = h.preconditioned(2 * rho), rho
         # X step: one preconditioned descent step with exact line search on the augmented Lagrangian
-        residual = -(gradient + rho * (x - z) + dual)
-        direction, curved = precondition(residual)
-        denominator = torch.sum(direction * curved) + rho * torch.sum(direction.square())
-        step = torch.sum(residual * direction) / denominator.clamp_min(torch.finfo(w.dtype).tiny)
+        residual = torch.sub(x, z).mul_(-rho).sub_(gradient).sub_(dual)
+        with approximate_products():  # what they get wrong, a later step puts right
+            direction, curved = precondition(residual)
+        denominator = _inner(direction, curved) + rho * _inner(direction, direction)
+        step = _inner(residual, direction) / denominator.clamp_min(torch.finfo(w.dtype).tiny)
         x += step * direction
         gradient += step * curved
         churn = int(step_z(x, dual, mask, z, rho)) / (2 * kept)
@@ -125,3 +127,8 @@ def admm(weight: Tensor, curvature: Curvature, pattern: Pattern, schedule: AdmmS
         rho = min(rho * schedule.factor(churn), RHO_STOP)
     mask = step_z.finished(mask, x)
     return Selection(mask, x * mask / scale, iteration)
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩, a scalar on their device."""
+    return torch.dot(a.view(-1), b.view(-1))

@@ -101,7 +101,7 @@ class Kronecker(Curvature):
             else:
                 before = left @ r
                 after, p = r @ right, before @ right
-            return p, r - shift * (before + after - shift * p)
+            return p, after.add_(before).sub_(p, alpha=shift).mul_(-shift).add_(r)
 
         return both
 
