@@ -74,8 +74,10 @@ class Objective(Protocol):
 
 def _categorical(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Σ p (log p − log q) of every row."""
-    ratio = (log_p - log_q).masked_fill_(log_p == -math.inf, 0.0)  # 0 log 0 = 0
-    return (log_p.exp() * ratio).sum(-1)
+    ratio = log_p - log_q
+    if log_p.numel() and log_p.amin() == -math.inf:
+        ratio.masked_fill_(log_p == -math.inf, 0.0)  # 0 log 0 = 0
+    return torch.linalg.vecdot(log_p.exp(), ratio)
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,12 @@ class Tokens:
 
     def compared(self, output: Tensor, mask: Tensor | None) -> Tensor:
         """Log-probabilities; a causal model's where the next token is there too."""
-        counts = output.new_ones(output.shape[:2], dtype=torch.bool) if mask is None else mask.to(output.device)
         if self.causal:
-            output, counts = output[:, :-1], counts[:, 1:] & counts[:, :-1]
-        return output[counts].float().log_softmax(-1)
+            output = output[:, :-1]
+        if mask is None:
+            return output.float().log_softmax(-1).flatten(0, 1)
+        counts = mask.to(output.device)
+        return output[counts[:, 1:] & counts[:, :-1] if self.causal else counts].float().log_softmax(-1)
 
     def divergence(self, dense: Tensor, pruned: Tensor) -> Tensor:
         """Per position."""

@@ -183,7 +183,7 @@ def _by_curves(
     """
     first = allocate(curves, sparsity)
     chosen = [layer for layer in layers if first[layer.name] > 0]
-    planned = problems.solve_all(chosen, None, first, label="refine curves", quiet=quiet)
+    planned = problems.solve_all(chosen, None, first, label="refine curves", schedule=FAST, quiet=quiet)
     factor = dict.fromkeys(first, 1.0) if probe is None else probe.factors(chosen, planned, quiet=quiet)
     corrected = dict(curves)
     for made in planned:

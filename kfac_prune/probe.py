@@ -8,6 +8,7 @@ from functools import partial
 from itertools import repeat
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -16,7 +17,7 @@ from kfac_prune.data import Windows
 from kfac_prune.models import Layer, WeightSwap, prunable_layers
 from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.problems import PlannedLayer
-from kfac_prune.quality import evaluate
+from kfac_prune.quality import compared, evaluate
 from kfac_prune.stream import BlockStack, begun_at
 
 #: A measured loss below this fraction of the predicted one is taken for noise of a small sample.
@@ -24,6 +25,8 @@ MIN_FACTOR = 0.5
 #: Calibration tokens of a probe, and how many passes over the calibration windows all layers together may take (but a
 #: probe has at least 4 windows: with 4 of 256 tokens the loss was at most 6 % above that with 16 or 32).
 PROBE_TOKENS, PROBE_PASSES = 4096, 8
+#: What the dense model gives is kept up to so many bytes, and computed again for every measurement beyond.
+KEPT_BYTES = 2**30
 
 
 class Probe:
@@ -34,7 +37,7 @@ class Probe:
     presumably fails. Left uncorrected, just these layers look cheap and are given up.
 
     The dense residual stream before every block is kept, so that a measurement runs only the blocks from the layer's
-    own on, and of the dense model only the last.
+    own on. So is what the dense model gives, unless that is large: then its last block runs again.
 
     Args:
         model: dense at this moment.
@@ -53,6 +56,14 @@ class Probe:
         with torch.no_grad():
             for block in range(len(stack.names) - 1):
                 self._streams.append([stack.keep(stack.run(block, i, x)) for i, x in enumerate(self._streams[-1])])
+        self._outputs: list[Tensor] | None = []  # rows of every batch
+        with torch.inference_mode():
+            for index, batch in enumerate(self._batches):
+                with self._begun(len(stack.names) - 1, index):
+                    self._outputs.append(compared(model, batch, objective))
+                if self._outputs[0].nbytes * len(self._batches) > KEPT_BYTES:
+                    self._outputs = None
+                    break
 
     @classmethod
     def on(
@@ -73,12 +84,13 @@ class Probe:
         total = tokens = 0.0
         try:
             for index, batch in enumerate(self._batches):
+                dense = partial(self._dense, swap, index) if self._outputs is None else [self._outputs[index]]
                 with self._begun(first, index):
                     quality = evaluate(
                         self.model,
                         batch,
                         objective=self.objective,
-                        dense=partial(self._dense, swap, index),
+                        dense=dense,
                         batch_size=len(batch),
                         alone=True,
                     )

@@ -15,7 +15,7 @@ from kfac_prune.baselines import alps, sparsegpt, wanda
 from kfac_prune.curvature.estimate import Factors, Method
 from kfac_prune.curvature.sequences import STATISTICS, SequenceFisher, SequenceMethod
 from kfac_prune.models import Layer
-from kfac_prune.obs import NM, Pattern, Unstructured, solve
+from kfac_prune.obs import NM, THOROUGH, AdmmSchedule, Pattern, Unstructured, solve
 from kfac_prune.operators import Curvature, Damping, DampingRecord, quadratic_loss
 
 #: How a layer can be pruned: by one of the curvatures, or by a method of the field.
@@ -87,8 +87,14 @@ class Problems:
         """W [out, in] in float32, beside its factors."""
         return layer.weight.to(self.factors.layers[layer.name].a.device, torch.float32)
 
-    def solve(self, layer: Layer, pattern: Pattern) -> PlannedLayer:
-        """Prune one layer by the method, round to the model's dtype, and predict what that costs."""
+    def solve(self, layer: Layer, pattern: Pattern, schedule: AdmmSchedule = THOROUGH) -> PlannedLayer:
+        """Prune one layer by the method, round to the model's dtype, and predict what that costs.
+
+        Args:
+            layer: dense.
+            pattern: feasible masks.
+            schedule: of the search, for methods with a curvature.
+        """
         statistics = self.factors.layers[layer.name]
         weight = self._weight(layer)
         fisher: Curvature | None = None
@@ -102,7 +108,7 @@ class Problems:
             records = [record]
         else:
             weight, operator, records = self(layer)
-            solution = solve(weight, operator, pattern)
+            solution = solve(weight, operator, pattern, schedule)
             x, mask, kkt = solution.weight, solution.mask, solution.kkt
             fisher = operator if self.method == "kfac" else None
         shift = torch.zeros_like(weight[:, 0])
@@ -119,13 +125,14 @@ class Problems:
         sparsities: Mapping[str, float],
         *,
         label: str,
+        schedule: AdmmSchedule = THOROUGH,
         quiet: bool = True,
     ) -> list[PlannedLayer]:
         """Prune all layers, each by ``solve``: to the pattern, or without one to its sparsity. See ``solved``."""
 
         def one(number: int) -> PlannedLayer:
             layer = layers[number]
-            return self.solve(layer, pattern or Unstructured(sparsities[layer.name]))
+            return self.solve(layer, pattern or Unstructured(sparsities[layer.name]), schedule)
 
         return solved(layers, one, label=label, quiet=quiet)
 

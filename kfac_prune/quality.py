@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -47,7 +47,7 @@ def evaluate(
     windows: Windows,
     *,
     objective: Objective = CAUSAL,
-    dense: PreTrainedModel | Callable[[], AbstractContextManager[None]] | None = None,
+    dense: PreTrainedModel | Callable[[], AbstractContextManager[None]] | Sequence[Tensor] | None = None,
     batch_size: int = 8,
     quiet: bool = True,
     label: str = "evaluate",
@@ -60,7 +60,7 @@ def evaluate(
         windows: [N, T]; masked positions are left out.
         objective: what the model computes.
         dense: another model, or a callable that returns a context in which ``model`` itself is dense
-            (``WeightSwap.swapped_in``), or None.
+            (``WeightSwap.swapped_in``), or what ``compared`` gave of the dense model for every batch, or None.
         batch_size: windows per pass.
         quiet: show no progress bar.
         label: of the progress bar.
@@ -73,23 +73,25 @@ def evaluate(
     nll = kl = 0.0
     units = 0
     kept: list[tuple[Tensor, Tensor]] = []  # of objectives whose figures need all sequences together
-    batches = list(windows.batches(batch_size))
+    batches = list(enumerate(windows.batches(batch_size)))
     if not alone:
         batches = ranks.share(batches)
-    seen = sum(len(batch.input_ids) for batch in batches)
+    seen = sum(len(batch.input_ids) for _, batch in batches)
     with torch.inference_mode(), tqdm(total=seen, desc=label, unit="seq", disable=quiet) as bar:
-        for batch in batches:
-            q = _compared(model, batch, objective)
+        for index, batch in batches:
+            q = compared(model, batch, objective)
             units += len(q)
             if causal:
                 targets = _targets(batch).to(q.device)
                 nll -= float(q.gather(-1, targets[:, None]).double().sum())
             if dense is not None:
                 if isinstance(dense, PreTrainedModel):
-                    p = _compared(dense, batch, objective).to(q.device)
+                    p = compared(dense, batch, objective).to(q.device)
+                elif isinstance(dense, Sequence):
+                    p = dense[index].to(q.device)
                 else:
                     with dense():
-                        p = _compared(model, batch, objective)
+                        p = compared(model, batch, objective)
                 kl += float(objective.divergence(p, q).double().sum())
                 if objective.unit == "sequence":
                     kept.append((p.cpu(), q.cpu()))
@@ -104,7 +106,7 @@ def evaluate(
     return Quality(nll / units if causal else None, kl / units if dense is not None else None, units, likeness)
 
 
-def _compared(model: PreTrainedModel, batch: WindowBatch, objective: Objective) -> Tensor:
+def compared(model: PreTrainedModel, batch: WindowBatch, objective: Objective) -> Tensor:
     """The output's rows that count [units, ...] float32."""
     mask = None if batch.attention_mask is None else batch.attention_mask.to(model.device)
     return objective.compared(objective.output(model, batch.input_ids.to(model.device), mask), mask)

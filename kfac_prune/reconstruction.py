@@ -27,6 +27,7 @@ from kfac_prune import ranks
 from kfac_prune.curvature.estimate import Factors
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
+from kfac_prune.linalg import approximate_products
 from kfac_prune.models import only_trained
 from kfac_prune.offload import resident
 from kfac_prune.operators import Damping
@@ -311,7 +312,8 @@ class _Problem:
                 for batch in torch.randperm(len(self._train), generator=generator).tolist():
                     optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
                     step += 1
-                    self._gradient(batch, masters)
+                    with approximate_products():
+                        self._gradient(batch, masters)
                     optimizer.step()
                     self.assign([m.to(p.dtype, copy=True) for m, p in zip(masters, self.parameters, strict=True)])
                 now = self._objective()
