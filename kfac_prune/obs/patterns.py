@@ -13,7 +13,6 @@ from torch import Tensor
 
 from kfac_prune.linalg import kth_largest
 
-
 #: In groups of at most so many, all pairs are compared, which is faster than sorting.
 COMPARED = 8
 
