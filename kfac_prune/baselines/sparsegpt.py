@@ -94,26 +94,33 @@ def sweep_by_leaves(x: Tensor, u: Tensor, pattern: Pattern) -> tuple[Tensor, Ten
     x = x.T.contiguous()  # [in, out]: a column of W is contiguous
     error, kept = torch.zeros_like(x), torch.ones_like(x, dtype=torch.bool)
     if isinstance(pattern, NM):  # leaves and blocks of whole groups
-        group = pattern.m
+        group = step = pattern.m
         leaf = max(LEAF // group, 1) * group
         block = max(BLOCK // leaf, 1) * leaf
     else:
-        group, leaf, block = BLOCK, LEAF, BLOCK
-    pivots = u.diagonal().square().unsqueeze(1)
+        group, step, leaf, block = BLOCK, LEAF, LEAF, BLOCK
+    pivots, columns, errors = u.diagonal(), x.unbind(0), error.unbind(0)
+    squares, divisors, u = pivots.square().unsqueeze(1), pivots.tolist(), u.T.contiguous()
 
-    def sweep(start: int, stop: int, widths: tuple[int, ...]) -> None:
-        """Prune columns start to stop in pieces of the first width, each piece by the widths after it."""
-        for begin in range(start, stop, widths[0]):
-            end = min(begin + widths[0], stop)
-            if len(widths) > 1:
-                sweep(begin, end, widths[1:])
-            else:
-                if begin % group == 0:
-                    chosen = slice(begin, begin + group)
-                    kept[chosen] = pattern.project((x[chosen].square() / pivots[chosen]).T).T
-                error[begin] = x[begin].masked_fill(kept[begin], 0.0) / u[begin, begin]
-                x[begin].masked_fill_(~kept[begin], 0.0)
-            x[end:stop].addmm_(u[begin:end, end:stop].T, error[begin:end], alpha=-1)
+    def spread(begin: int, end: int, stop: int) -> None:
+        """Take the errors of columns begin to end out of those from there to stop."""
+        if end < stop:
+            x[end:stop].addmm_(u[end:stop, begin:end], error[begin:end], alpha=-1)
 
-    sweep(0, len(x), (block, leaf, 1))
+    for first in range(0, len(x), block):
+        last = min(first + block, len(x))
+        for begin in range(first, last, leaf):
+            end = min(begin + leaf, last)
+            for at in range(begin, end, step):  # within these the mask does not change
+                if at % group == 0:
+                    chosen = slice(at, at + group)
+                    kept[chosen] = pattern.project((x[chosen].square() / squares[chosen]).T).T
+                until = min(at + step, end)
+                removed = (~kept[at:until]).to(x.dtype)
+                for j, rate in zip(range(at, until), removed.unbind(0), strict=True):
+                    torch.mul(columns[j], rate, out=errors[j]).div_(divisors[j])
+                    x[j + 1 : end].addr_(u[j + 1 : end, j], errors[j], alpha=-1)
+            x[begin:end].mul_(kept[begin:end])
+            spread(begin, end, last)
+        spread(first, last, len(x))
     return x.T.contiguous(), kept

@@ -98,9 +98,7 @@ def admm(weight: Tensor, curvature: Curvature, pattern: Pattern, schedule: AdmmS
     Works in coordinates scaled so that H and H⁻¹ have equal diagonals. Args and result as ``select``.
     """
     h, scale = curvature.equilibrated()
-    w = weight * scale
-    if w.is_cuda:
-        w = w.contiguous()  # row by row, as the kernels read it
+    w = (weight * scale).contiguous()  # row by row, as the kernels read it
     x, gradient, dual = w.clone(), torch.zeros_like(w), torch.zeros_like(w)
     mask = pattern.project(w.square()).contiguous()
     kept = int(mask.sum())
@@ -131,4 +129,4 @@ def admm(weight: Tensor, curvature: Curvature, pattern: Pattern, schedule: AdmmS
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
     """⟨a, b⟩, a scalar on their device."""
-    return torch.dot(a.view(-1), b.view(-1))
+    return torch.dot(a.reshape(-1), b.reshape(-1))
