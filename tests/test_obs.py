@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -290,7 +292,34 @@ class TestCompensate:
         assert all(torch.equal(x, y) for x, y in zip((w, mask, start), before, strict=True))
 
 
+def test_wrong_products_are_put_right(monkeypatch):
+    """Where approximate products mislead, exact iterations follow, and the loss is the true one."""
+    module, wrong = sys.modules["kfac_prune.obs.compensate"], []
+
+    @contextmanager
+    def approximate():
+        wrong.append(True)
+        yield
+        wrong.pop()
+
+    apply = Kronecker.apply
+    monkeypatch.setattr(module, "approximate_products", approximate)
+    monkeypatch.setattr(Kronecker, "apply", lambda self, x: apply(self, x) * (0.8 if wrong else 1.0))
+    h, w = ill_conditioned((12, 20), 0, condition=30)
+    mask = random_mask((12, 20), 1)
+    found, exact = compensate(w, h, mask), converged(w, h, mask)
+    assert found.loss == pytest.approx(quadratic_loss(h, found.weight - w), rel=1e-9)
+    assert exact.loss <= found.loss <= exact.loss * 1.01
+
+
 class TestSelect:
+    @patterns
+    def test_how_weights_lie_in_memory_does_not_matter(self, pattern):
+        h, w = ill_conditioned((12, 20), 0)
+        by_row, by_column = select(w, h, pattern), select(w.T.contiguous().T, h, pattern)
+        assert torch.equal(by_row.mask, by_column.mask)
+        assert_close(by_column.start, by_row.start, condition=CONDITION)
+
     @patterns
     @wide
     @pytest.mark.parametrize("condition", [1e2, 1e4], ids="cond={:g}".format)

@@ -1,10 +1,12 @@
 """Every curvature keeps the contract of ``Curvature``, against its dense form."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 from oracles import DTYPE_IDS, DTYPES, assert_close, dense_matrix, eye, normal, quadratic, spd
 
-from kfac_prune.linalg import inverse_from_cholesky, kth_largest, shifted
+from kfac_prune.linalg import approximate_products, inverse_from_cholesky, kth_largest, shifted
 from kfac_prune.operators import (
     BlockDiagonal,
     Curvature,
@@ -432,3 +434,14 @@ def test_shifted_leaves_its_argument_alone():
 def test_kth_largest(k):
     values = torch.tensor([[3.0, -1.0], [7.0, 3.0], [0.0, 2.0]]).T
     assert float(kth_largest(values, k)) == sorted([3.0, -1.0, 7.0, 3.0, 0.0, 2.0], reverse=True)[k - 1]
+
+
+def test_approximate_products_end_with_their_block():
+    a, b = normal(64, 48, seed=0, dtype=torch.float32), normal(48, 64, seed=1, dtype=torch.float32)
+    exact, before = a @ b, torch.get_float32_matmul_precision()
+    with suppress(ZeroDivisionError), approximate_products():
+        error = float((a @ b - exact).norm() / exact.norm())
+        raise ZeroDivisionError
+    assert error <= 2**-7  # two factors of bfloat16; zero where the device has no units for it
+    assert torch.equal(a @ b, exact)
+    assert torch.get_float32_matmul_precision() == before

@@ -12,7 +12,7 @@ from kfac_prune.obs import NM, Unstructured
 
 SHAPES = [(1, 1), (1, 7), (5, 1), (13, 17), (24, 10)]
 WIDTHS = [1, 3, 5, 7, 13, 17, 172]
-NMS = [NM(1, 2), NM(2, 4), NM(4, 8), NM(3, 7)]
+NMS = [NM(1, 2), NM(2, 4), NM(4, 8), NM(3, 7), NM(5, 12)]
 SCORES = {
     "distinct": lambda shape: normal(*shape, seed=0).square(),
     "ties": lambda shape: normal(*shape, seed=0).abs().round(),
