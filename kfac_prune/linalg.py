@@ -23,7 +23,7 @@ def approximate_products() -> Iterator[None]:
     and 2e-3), sums are float32. Everywhere else, and for other dtypes, nothing changes. For iterations that correct
     themselves; never for a factorisation.
     """
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend, precision in zip(backends, ("tf32", "bf16"), strict=True):

@@ -77,7 +77,8 @@ def _categorical(log_p: Tensor, log_q: Tensor) -> Tensor:
     ratio = log_p - log_q
     if log_p.numel() and log_p.amin() == -math.inf:
         ratio.masked_fill_(log_p == -math.inf, 0.0)  # 0 log 0 = 0
-    return torch.linalg.vecdot(log_p.exp(), ratio)
+    total: Tensor = torch.linalg.vecdot(log_p.exp(), ratio)
+    return total
 
 
 @dataclass(frozen=True)

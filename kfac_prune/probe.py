@@ -58,7 +58,7 @@ class Probe:
                 self._streams.append([stack.keep(stack.run(block, i, x)) for i, x in enumerate(self._streams[-1])])
         self._outputs: list[Tensor] | None = []  # rows of every batch
         with torch.inference_mode():
-            for index, batch in enumerate(self._batches):
+            for index, batch in enumerate(windows.batches(batch_size)):
                 with self._begun(len(stack.names) - 1, index):
                     self._outputs.append(compared(model, batch, objective))
                 if self._outputs[0].nbytes * len(self._batches) > KEPT_BYTES:

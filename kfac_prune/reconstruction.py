@@ -27,11 +27,11 @@ from kfac_prune import ranks
 from kfac_prune.curvature.estimate import Factors
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
-from kfac_prune.linalg import approximate_products
 from kfac_prune.models import only_trained
 from kfac_prune.offload import resident
 from kfac_prune.operators import Damping
 from kfac_prune.plan import Plan
+from kfac_prune.products import approximately
 from kfac_prune.store import Journal, content_hash
 from kfac_prune.stream import BlockStack, Shelf, observed
 from kfac_prune.sublayers import Part, Unit, sublayers
@@ -302,7 +302,7 @@ class _Problem:
 
     def _trained(self, rate: float, before: float, settings: Reconstruction) -> tuple[float, list[Tensor]]:
         """The lowest held-out objective of one training, and the weights that gave it; given up where it diverges."""
-        masters = [p.data.float().clone() for p in self.parameters]
+        masters = [p.data.float().clone(memory_format=torch.contiguous_format) for p in self.parameters]
         optimizer = torch.optim.Adam(masters, lr=rate, betas=(0.9, 0.95), fused=True)
         generator = torch.Generator().manual_seed(settings.seed)
         steps = settings.epochs * len(self._train)
@@ -312,8 +312,7 @@ class _Problem:
                 for batch in torch.randperm(len(self._train), generator=generator).tolist():
                     optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
                     step += 1
-                    with approximate_products():
-                        self._gradient(batch, masters)
+                    self._gradient(batch, masters)
                     optimizer.step()
                     self.assign([m.to(p.dtype, copy=True) for m, p in zip(masters, self.parameters, strict=True)])
                 now = self._objective()
@@ -325,12 +324,14 @@ class _Problem:
 
     def _gradient(self, batch: int, masters: Sequence[Tensor]) -> None:
         """Leave the gradient of one step's objective, zero off the masks, with the float32 copies."""
-        total, tokens = self._loss(batch)
-        gradients = torch.autograd.grad(total, self.parameters)
+        with approximately(self.part.trained):
+            total, tokens = self._loss(batch)
+            gradients = torch.autograd.grad(total, self.parameters)
         (everywhere,) = ranks.summed(total.new_tensor(tokens))
         for master, gradient, mask in zip(masters, ranks.summed(*gradients), self._masks, strict=True):
             gradient = gradient.float() / everywhere
-            master.grad = gradient if mask is None else gradient * mask
+            gradient = gradient if mask is None else gradient * mask
+            master.grad = gradient.contiguous()  # fused Adam takes both for laid out alike
 
     def _objective(self) -> float:
         """Held-out objective, nats per token."""

@@ -22,7 +22,7 @@ LAYERS = (
     ("backend",),
     ("config", "linalg", "data", "store", "pruned_model"),
     ("models", "fisher", "protocol", "recipe_file"),
-    ("objective",),
+    ("objective", "products"),
     ("quality",),
     ("operators", "stream", "export", "offload"),
     ("obs", "curvature"),
