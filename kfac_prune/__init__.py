@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kfac_prune.config import Recipe
-    from kfac_prune.curvature.estimate import Factors, estimate_factors
+    from kfac_prune.curvature.estimate import estimate_factors
+    from kfac_prune.curvature.factors import Factors
     from kfac_prune.data import Windows, load_windows
     from kfac_prune.errors import InputError
     from kfac_prune.export import save_model
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Damping": "operators",
-    "Factors": "curvature.estimate",
+    "Factors": "curvature.factors",
     "InputError": "errors",
     "NM": "obs",
     "Plan": "plan",

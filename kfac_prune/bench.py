@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kfac_prune.allocate import LossCurve
-from kfac_prune.curvature.estimate import Factors, estimate_factors
+from kfac_prune.curvature.estimate import estimate_factors
+from kfac_prune.curvature.factors import Factors
 from kfac_prune.curvature.sequences import STATISTICS, SequenceFisher
 from kfac_prune.data import Windows
 from kfac_prune.fisher import FisherType

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from kfac_prune.config import Recipe, check_text
+from kfac_prune.config import Recipe
 from kfac_prune.errors import InputError, shorten
+from kfac_prune.options import check_text
 from kfac_prune.protocol import COMPARED, LEVELS, Comparison
 from kfac_prune.recipe_file import read_recipe
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
 from kfac_prune.errors import InputError, shown
+from kfac_prune.options import check_type, option
 
 #: Curvatures from the gradients of whole sequences, for single weights only.
 SEQUENCE_METHODS = ("ek-fac", "woodfisher", "m-fac")
@@ -21,8 +22,6 @@ DAMPING, STRUCTURED_DAMPING = 0.03, 0.001
 #: Epochs of the reconstruction, where the recipe leaves them open and there are windows enough.
 RECONSTRUCT = 8
 KINDS = ("ffn", "heads")
-#: Options that name a file or a folder.
-PATHS = ("model", "data", "out", "eval_data", "dense", "recipe")
 #: What each method can allocate by. Loss curves there are for G ⊗ A alone; global thresholds where the curvature is an
 #: estimate of the Fisher (or, for magnitude, by custom).
 ALLOCATIONS = {
@@ -55,23 +54,6 @@ def parse_pattern(text: str) -> tuple[int, int] | None:
     return n, m
 
 
-def check_text(name: str, text: str) -> None:
-    """A text can be written as UTF-8, and be the name of a file where it is to be one.
-
-    Raises:
-        InputError: it cannot; names what it is for.
-    """
-    if ("\0" in text and name in PATHS) or any(
-        "\ud800" <= c <= "\udfff" for c in text
-    ):  # how Python holds bytes that are not UTF-8
-        raise InputError(f"{name} is {shown(text)}; it must be UTF-8 text without NUL characters")
-
-
-def _option(default: Any, text: str, *, choices: tuple[str, ...] = (), short: str = "") -> Any:
-    """A field that is also a command-line option: its default, its help and its choices."""
-    return field(default=default, metadata={"help": text, "choices": choices, "short": short})
-
-
 @dataclass(frozen=True)
 class Recipe:
     """Everything that determines a run of ``kfac-prune prune``; field names are the option names.
@@ -80,66 +62,66 @@ class Recipe:
         InputError: from the constructor, naming the field, the value and the remedy.
     """
 
-    model: str = _option("", "model to prune: a local folder in Hugging Face format, or a hub id")
-    data: str = _option(
+    model: str = option("", "model to prune: a local folder in Hugging Face format, or a hub id")
+    data: str = option(
         "", "calibration text: a .txt, .jsonl or .json file, a folder of them, or a hub data set name[:config]"
     )
-    out: str = _option("", "folder for the pruned model")
-    objective: str = _option(
+    out: str = option("", "folder for the pruned model")
+    objective: str = option(
         "auto",
         "what the model should go on computing: the distribution of tokens, that of classes, or the sentence embedding "
         "(½ squared distance of the vectors); for the last two every document is one sequence; auto = what the "
         "checkpoint's architecture is for",
         choices=("auto", "tokens", "classes", "embedding"),
     )
-    eval_data: str | None = _option(
+    eval_data: str | None = option(
         None, "held-out text to measure on, same forms as --data; default: the last tenth of --data, not calibrated on"
     )
-    separator: str | None = _option(
+    separator: str | None = option(
         None, r"what stands between two documents of a text file, e.g. '\n\n'; default: a text file is one running text"
     )
-    text_field: str = _option("text", "field of a JSON object or data set row that holds the text")
-    samples: int = _option(128, "calibration windows")
-    eval_samples: int = _option(64, "held-out windows to measure on")
-    seqlen: int = _option(256, "tokens per window, at most the model's context length")
-    batch_size: int = _option(4, "windows per forward pass")
-    sparsity: float | None = _option(
+    text_field: str = option("text", "field of a JSON object or data set row that holds the text")
+    samples: int = option(128, "calibration windows")
+    eval_samples: int = option(64, "held-out windows to measure on")
+    seqlen: int = option(256, "tokens per window, at most the model's context length")
+    batch_size: int = option(4, "windows per forward pass")
+    sparsity: float | None = option(
         None,
         "fraction of the prunable weights to remove, in [0, 1); less than an n:m pattern removes leaves some layers "
         "dense, which the predicted losses choose; default: 0.5, or all that an n:m pattern removes",
     )
-    pattern: str = _option(
+    pattern: str = option(
         "unstructured", "'unstructured', or n:m = keep n of every m consecutive weights in a row, e.g. 2:4"
     )
-    permute: bool | None = _option(
+    permute: bool | None = option(
         None,
         "with an n:m pattern: first reorder FFN units, head dimensions and the residual stream so that the groups keep "
         "more; the dense model's function and the architecture stay the same; default: on for kfac with an n:m pattern",
     )
-    structured: str | None = _option(
+    structured: str | None = option(
         None,
         "make the model smaller instead of sparse, by removing 'ffn' (hidden units), 'heads' (KV groups and query "
         "heads) or 'ffn,heads'; --sparsity is then the fraction of the blocks' weights to remove; default: none",
     )
-    target_params: int | None = _option(
+    target_params: int | None = option(
         None, "with --structured, instead of --sparsity: parameters the model is to have; default: none"
     )
-    target_latency: float | None = _option(
+    target_latency: float | None = option(
         None,
         "with --structured, instead of --sparsity: milliseconds that one forward pass over one window of --seqlen "
         "tokens is to take on this device; default: none",
     )
-    widths: str | None = _option(
+    widths: str | None = option(
         None,
         "with --structured: uniform = one size for all blocks, a plain configuration that every server loads; "
         "per-layer = a size for each, which needs trust_remote_code or kfac_prune.load; default: both are built, the "
         "better kept",
         choices=("uniform", "per-layer"),
     )
-    multiple: int | None = _option(
+    multiple: int | None = option(
         None, "with --structured: FFN widths are multiples of this; default: 64 for widths from 2048, else 8"
     )
-    shots: int | None = _option(
+    shots: int | None = option(
         None,
         "with --structured: cuts on the way to the target, with the curvature estimated anew before each; default: 1, "
         "and where more than 0.05 nats per token are lost also 3, kept unless worse by 5 %. Sparse, for kfac: "
@@ -147,84 +129,90 @@ class Recipe:
         "kept only where held-out calibration windows are better for it; default: 1, and 3 where more than 0.05 nats "
         "per token are predicted to be lost, no reconstruction follows and there are 16 windows or more",
     )
-    method: str = _option(
+    method: str = option(
         "kfac",
         "curvature: kfac = G x A (Optimal Brain Surgeon), layerwise = I x A, obd = its diagonal, magnitude = I; from "
         "gradients of whole sequences ek-fac = K-FAC's eigenvectors, woodfisher = blocks, m-fac = low rank; "
         "or sparsegpt, wanda, alps, llm-surgeon, as in their papers, to compare with",
         choices=METHODS,
     )
-    allocation: str | None = _option(
+    allocation: str | None = option(
         None,
         "sparsity per layer: curves = least predicted loss, uniform = the same everywhere, global = one saliency "
         "threshold, owl = less for blocks with more outlying activations (for magnitude, wanda, sparsegpt, alps); "
         "default: curves for kfac and unstructured, global for llm-surgeon and unstructured, else uniform",
         choices=("curves", "uniform", "global", "owl"),
     )
-    refit: bool | None = _option(
+    refit: bool | None = option(
         None,
         "after pruning, refit layers in closed form to what the dense model has in its residual stream, masks chosen "
         "anew; faster than --reconstruct and less good; default: with --structured on for kfac and layerwise, else "
         "where they are not reconstructed",
     )
-    reconstruct: int | None = _option(
+    reconstruct: int | None = option(
         None,
         "epochs over the calibration windows in which the weights left in each block learn to bring its output back to "
         "the dense model's, one block at a time; 0 = off; default: 8 for kfac and layerwise from 16 windows on, unless "
         "--refit (with --structured: --no-refit) says otherwise; else 0",
     )
-    reconstruct_unit: str = _option(
+    reconstruct_unit: str = option(
         "block",
         "what --reconstruct trains at a time: whole blocks, or sublayers (attention, then FFN; less memory)",
         choices=("block", "sublayer"),
     )
-    recover_epochs: int = _option(
+    recover_epochs: int = option(
         0,
         "at the end, epochs over the calibration windows in which all weights that are left learn together to give the "
         "dense model's outputs, masks fixed; needs memory for training the whole model; stops early, and reported "
         "apart from the one-shot figures; default: 0, off",
     )
-    streams: str = _option(
+    streams: str = option(
         "cpu",
         "where --reconstruct keeps the activations between blocks: main memory, the device's own, or files in the "
         "folder for temporary files (TMPDIR)",
         choices=("cpu", "device", "disk"),
     )
-    include: tuple[str, ...] = _option(
+    include: tuple[str, ...] = option(
         (), "only prune layers whose name matches this shell pattern (repeatable); default: all"
     )
-    ignore: tuple[str, ...] = _option(
+    ignore: tuple[str, ...] = option(
         (), "leave layers dense whose name matches this shell pattern (repeatable); default: none"
     )
-    damping: float | None = _option(
+    damping: float | None = option(
         None,
         "added to each curvature factor, as a fraction of its mean diagonal, in (0, 1]; default: 0.03, with "
         "--structured 0.001",
     )
-    fisher: str = _option(
+    fisher: str = option(
         "sampled",
         "labels of the Fisher: sampled from the model (true Fisher), or the text's own (empirical)",
         choices=("sampled", "empirical"),
     )
-    seed: int = _option(0, "of window positions and sampled labels; the same seed gives the same bytes")
-    device: str = _option("auto", "torch device: cpu, cuda, cuda:1, ...; auto = cuda if there is one")
-    dtype: str = _option(
+    seed: int = option(0, "of window positions and sampled labels; the same seed gives the same bytes")
+    device: str = option("auto", "torch device: cpu, cuda, cuda:1, ...; auto = cuda if there is one")
+    dtype: str = option(
         "auto", "to load the model in; auto = the checkpoint's", choices=("auto", "float32", "bfloat16", "float16")
     )
-    offload: bool = _option(
+    offload: bool = option(
         False,
         "for models larger than the device: blocks stay in main memory and come to the device one at a time, with the "
         "forward pass run again for every backward pass; not with --structured, --shots and --recover-epochs",
     )
-    overwrite: bool = _option(False, "replace --out if it exists")
-    resume: bool = _option(
+    max_memory: float | None = option(
+        None,
+        "GiB that the curvature of several layers may take at a time; for more there are further passes over the text, "
+        "and what is finished waits in main memory or, on a CPU, in files in the folder for temporary files (TMPDIR); "
+        "not with --shots of sparse models; default: half of what is free on a GPU, no limit on a CPU",
+    )
+    overwrite: bool = option(False, "replace --out if it exists")
+    resume: bool = option(
         False, "go on where an interrupted run with the same options had got to, from what it left in OUT.work"
     )
-    trust_remote_code: bool = _option(False, "run model code that comes with the checkpoint")
+    trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            _check_type(f, getattr(self, f.name))
+            check_type(f, getattr(self, f.name))
         for name in ("model", "data", "out"):
             if not getattr(self, name).strip():
                 raise InputError(f"{name} is empty; say which {'folder' if name == 'out' else name} to use")
@@ -249,6 +237,13 @@ class Recipe:
                 f"permute reorders the groups of an n:m pattern, and pattern is {self.pattern}; add a pattern such as "
                 "2:4, or drop permute"
             )
+        if self.max_memory is not None:
+            if not 0 < self.max_memory < float("inf"):
+                raise InputError(f"max_memory is {self.max_memory}; it must be above 0, in GiB")
+            if self.structured is None and (self.shots or 1) > 1:
+                raise InputError(
+                    f"max_memory takes a few layers at a time; shots {self.shots} needs them all; drop one"
+                )
         if self.offload:
             whole = {"structured": self.structured, "recover_epochs": self.recover_epochs}
             whole |= {"shots": (self.shots or 1) > 1, "method": self.method in (*SEQUENCE_METHODS, "llm-surgeon")}
@@ -360,30 +355,3 @@ class Recipe:
         """The recipe as YAML, one field per line."""
         fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
         return yaml.safe_dump(fields, sort_keys=False)  # non-ASCII escaped: PyYAML folds some of it otherwise
-
-
-def _check_type(f: dataclasses.Field[Any], value: Any) -> None:
-    """The value fits the field's annotation and choices (YAML can bring anything)."""
-    optional = f.default is None
-    wanted = str(f.type).replace(" | None", "")
-    if value is None and optional:
-        return
-    fits = {
-        "str": isinstance(value, str),
-        "bool": isinstance(value, bool),
-        "int": isinstance(value, int) and not isinstance(value, bool),
-        "float": isinstance(value, int | float) and not isinstance(value, bool),
-        "tuple[str, ...]": isinstance(value, tuple) and all(isinstance(v, str) for v in value),
-    }[wanted]
-    if not fits:
-        kind = "list of texts" if wanted.startswith("tuple") else {"str": "text"}.get(wanted, wanted)
-        raise InputError(f"{f.name} is {shown(value)}; it must be of type {kind}")
-    for text in value if isinstance(value, tuple) else (value,):
-        if isinstance(text, str):
-            check_text(f.name, text)
-    if isinstance(value, int) and abs(value) >= 10**1000:
-        raise InputError(f"{f.name} has over a thousand digits; give a number of usual size")
-    choices = f.metadata["choices"]
-    if choices and value not in choices:
-        raise InputError(f"{f.name} is {shown(value)}; choose one of {', '.join(choices)}")
-    assert f.default is not MISSING

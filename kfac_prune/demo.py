@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kfac_prune.bench import Bench
-from kfac_prune.curvature.estimate import Method
+from kfac_prune.curvature.factors import Method
 from kfac_prune.data import consecutive_windows, read_documents, sample_windows, token_stream
 from kfac_prune.export import save_model
 from kfac_prune.figures import HOW_TO_GET, Curve, Panel, draw

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -39,6 +40,35 @@ def shifted(matrix: Tensor, shift: float | Tensor) -> Tensor:
     result = matrix.clone()
     result.diagonal(dim1=-2, dim2=-1).add_(shift)
     return result
+
+
+def packed_triangle(matrix: Tensor) -> Tensor:
+    """One triangle of a symmetric matrix [n, n] as a vector [n (n + 1) / 2]; see ``unpacked_triangle``.
+
+    The lower triangle of the upper left quarter and the upper one of the lower right quarter fill a rectangle
+    (Gustavson et al. 2010, "rectangular full packed format"), the lower left quarter follows.
+    """
+    half = len(matrix) // 2
+    rest = len(matrix) - half
+    rectangle = matrix.new_zeros(half + 1, rest)
+    rectangle[:rest] = matrix[half:, half:].triu()
+    rectangle[1:, :half] += matrix[:half, :half].tril()
+    return torch.cat([rectangle.flatten(), matrix[half:, :half].flatten()])
+
+
+def unpacked_triangle(packed: Tensor) -> Tensor:
+    """The symmetric matrix [n, n] that ``packed_triangle`` made a vector of."""
+    size = (math.isqrt(8 * packed.numel() + 1) - 1) // 2
+    half = size // 2
+    rest = size - half
+    rectangle, quarter = packed.split([(half + 1) * rest, half * rest])
+    rectangle, quarter = rectangle.view(half + 1, rest), quarter.view(rest, half)
+    matrix = packed.new_empty(size, size)
+    matrix[half:, :half], matrix[:half, half:] = quarter, quarter.T
+    upper, lower = rectangle[:rest], rectangle[1:, :half]
+    matrix[half:, half:] = upper.triu() + upper.triu(1).T
+    matrix[:half, :half] = lower.tril() + lower.tril(-1).T
+    return matrix
 
 
 def is_definite(matrix: Tensor) -> bool:

@@ -1,15 +1,17 @@
-"""The peak memory of this process, so far or within a block."""
+"""The peak memory of this process, so far or within a block; tensors in files instead of memory."""
 
 from __future__ import annotations
 
 import resource
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 
 def peak_memory_bytes() -> int:
@@ -48,3 +50,10 @@ def peak_within() -> Iterator[Peak]:
         peak.resident = int(status["VmHWM"].split()[0]) * 1024
     if torch.cuda.is_available():
         peak.cuda = torch.cuda.max_memory_allocated()
+
+
+def mapped(tensor: Tensor) -> Tensor:
+    """A copy in main memory that is a mapped file (in the folder for temporary files) and vanishes with the tensor."""
+    with tempfile.NamedTemporaryFile(prefix="kfac-prune-") as file:
+        copy = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    return copy.view(tensor.shape).copy_(tensor)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kfac_prune import ranks
-from kfac_prune.curvature.estimate import Factors, Method
+from kfac_prune.curvature.factors import Factors, Method
 from kfac_prune.data import Windows
 from kfac_prune.models import Layer
 from kfac_prune.objective import CAUSAL, Objective

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from kfac_prune import ranks
 from kfac_prune.config import BASELINES, SEQUENCE_METHODS, Recipe, parse_pattern
-from kfac_prune.curvature.estimate import Factors, estimate_factors, participants
+from kfac_prune.curvature.estimate import estimate_factors, participants
+from kfac_prune.curvature.factors import Factors
 from kfac_prune.curvature.sequences import SequenceFisher, check_memory
 from kfac_prune.export import save_model, save_side_files, verify_saved
 from kfac_prune.inputs import resolve_device
@@ -174,15 +175,35 @@ def _planned(job: Job, estimate: Callable[[], Factors], pattern: NM | None, damp
     return planned
 
 
+def _bytes(recipe: Recipe) -> int | None:
+    """That factors may take at a time."""
+    return None if recipe.max_memory is None else int(recipe.max_memory * 2**30)
+
+
+def _factors(job: Job, layers: Sequence[Layer]) -> Factors:
+    """Of some layers of the model."""
+    recipe = job.recipe
+    fisher: Any = recipe.fisher  # the recipe has checked it
+    return estimate_factors(
+        job.model,
+        layers,
+        job.calibration,
+        objective=job.objective,
+        fisher=fisher,
+        seed=recipe.seed,
+        batch_size=recipe.batch_size,
+        max_memory=_bytes(recipe),
+        quiet=job.quiet,
+    )
+
+
 def _mask(job: Job) -> Outcome:
     """Unstructured and n:m pruning: zeros, in place."""
     recipe, model, layers, stages = job.recipe, job.model, job.layers, job.stages
     options: Any = {"batch_size": recipe.batch_size, "quiet": job.quiet}
     measured: Any = {"objective": job.objective, **options}
     fisher: Any = recipe.fisher  # the recipe has checked it
-    estimate = partial(
-        estimate_factors, model, layers, job.calibration, fisher=fisher, seed=recipe.seed, **measured
-    )  # fmt: skip
+    estimate = partial(_factors, job, layers)
     groups = parse_pattern(recipe.pattern)
     assert recipe.damping is not None
     pattern, damping = NM(*groups) if groups else None, Damping(recipe.damping)
@@ -276,6 +297,7 @@ def _shrink(job: Job) -> Outcome:
                 fisher=fisher,
                 seed=recipe.seed,
                 batch_size=recipe.batch_size,
+                max_memory=_bytes(recipe),
                 quiet=job.quiet,
             ),
             echo=job.echo,
@@ -288,7 +310,7 @@ def _shrink(job: Job) -> Outcome:
             writers = [layer for layer in prunable_layers(model) if layer.shape[0] == width]  # among others
             if job.objective.unit == "sequence":
                 writers = participants(model, writers, job.calibration, job.objective)
-            factors = estimate_factors(model, writers, job.calibration, fisher=fisher, seed=recipe.seed, **measured)
+            factors = _factors(job, writers)
             reconstructed = reconstruct_smaller(
                 model,
                 best.model,

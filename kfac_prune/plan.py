@@ -14,7 +14,7 @@ from kfac_prune import ranks
 from kfac_prune.allocate import LossCurve, allocate, least_subset
 from kfac_prune.baselines import llm_surgeon, owl
 from kfac_prune.config import ALLOCATIONS
-from kfac_prune.curvature.estimate import Factors
+from kfac_prune.curvature.factors import Factors
 from kfac_prune.curvature.sequences import STATISTICS, SequenceFisher
 from kfac_prune.errors import InputError
 from kfac_prune.linalg import kth_largest
@@ -236,7 +236,7 @@ def _by_outliers(layers: Sequence[Layer], factors: Factors, sparsity: float) -> 
     blocks: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
     for layer in layers:
         block = next((name for name in factors.streams if layer.name.startswith(f"{name}.")), layer.name)
-        blocks.setdefault(block, {})[layer.name] = layer.weight.float(), factors.layers[layer.name].a
+        blocks.setdefault(block, {})[layer.name] = layer.weight.float(), factors.layers[layer.name].a.diagonal().clone()
     return owl(blocks, sparsity)
 
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from kfac_prune import ranks
 from kfac_prune.baselines import alps, sparsegpt, wanda
-from kfac_prune.curvature.estimate import Factors, Method
+from kfac_prune.curvature.factors import Factors, Method
 from kfac_prune.curvature.sequences import STATISTICS, SequenceFisher, SequenceMethod
 from kfac_prune.models import Layer
 from kfac_prune.obs import NM, THOROUGH, AdmmSchedule, Pattern, Unstructured, solve

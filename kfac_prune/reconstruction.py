@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kfac_prune import ranks
-from kfac_prune.curvature.estimate import Factors
+from kfac_prune.curvature.factors import Factors
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.models import only_trained

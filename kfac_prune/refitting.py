@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kfac_prune import ranks
-from kfac_prune.curvature.estimate import Factors
+from kfac_prune.curvature.factors import Factors
 from kfac_prune.data import Windows
 from kfac_prune.linalg import inverse_from_cholesky, shifted
 from kfac_prune.models import Layer

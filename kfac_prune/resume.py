@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from kfac_prune import ranks
 from kfac_prune.config import Recipe
-from kfac_prune.curvature.estimate import Factors, LayerFactors
+from kfac_prune.curvature.factors import Factors, LayerFactors
 from kfac_prune.data import Windows
 from kfac_prune.models import Layer
 from kfac_prune.operators import DampingRecord
@@ -24,7 +24,7 @@ from kfac_prune.store import Journal, content_hash, work_folder
 #: Fields of a recipe that do not move a plan.
 ELSEWHERE = (
     "model", "data", "out", "eval_data", "eval_samples", "shots", "reconstruct", "recover_epochs", "streams", "device",
-    "offload", "overwrite", "resume", "trust_remote_code",
+    "offload", "max_memory", "overwrite", "resume", "trust_remote_code",
 )  # fmt: skip
 PART = "all layers"
 

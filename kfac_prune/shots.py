@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 
 from kfac_prune import ranks
 from kfac_prune.config import Recipe
-from kfac_prune.curvature.estimate import LayerFactors, estimate_factors
+from kfac_prune.curvature.estimate import estimate_factors
+from kfac_prune.curvature.factors import LayerFactors
 from kfac_prune.data import Windows
 from kfac_prune.fisher import FisherType
 from kfac_prune.models import Layer
@@ -78,7 +79,8 @@ def shots_of(recipe: Recipe, predicted: float) -> int:
     if recipe.shots is not None:
         return recipe.shots
     large = predicted > LARGE_LOSS and recipe.samples >= LEAST_WINDOWS
-    ours = recipe.method == "kfac" and not recipe.reconstruct and not recipe.offload
+    whole = not recipe.offload and recipe.max_memory is None
+    ours = recipe.method == "kfac" and not recipe.reconstruct and whole
     return SHOTS if ours and large else 1
 
 

@@ -6,7 +6,6 @@ recorded once per batch, so masks, padding and position embeddings are exactly t
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 
 from kfac_prune import ranks
 from kfac_prune.data import Windows
+from kfac_prune.memory import mapped
 from kfac_prune.models import Layer, find_blocks, prunable_layers
 
 
@@ -111,7 +111,7 @@ class BlockStack:
             return stream
         if self._shelf == "cpu":
             return stream.cpu()
-        return _on_disk(stream.cpu())
+        return mapped(stream.cpu())
 
     def inside(self, block: int) -> list[Layer]:
         """The linear layers of a block."""
@@ -134,13 +134,6 @@ class BlockStack:
             if handle is not None:
                 handle.remove()
         return output[0] if isinstance(output, tuple) else output
-
-
-def _on_disk(stream: Tensor) -> Tensor:
-    """A copy that is a mapped file, which vanishes with the tensor."""
-    with tempfile.NamedTemporaryFile(prefix="kfac-prune-stream-") as file:
-        copy = torch.from_file(file.name, shared=True, size=stream.numel(), dtype=stream.dtype)
-    return copy.view(stream.shape).copy_(stream)
 
 
 @contextmanager

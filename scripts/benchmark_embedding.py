@@ -27,7 +27,8 @@ from transformers.utils import logging
 from kfac_prune.allocate import LossCurve
 from kfac_prune.bench import SHARED_STAGES, timed
 from kfac_prune.config import RECONSTRUCT, parse_pattern
-from kfac_prune.curvature.estimate import Factors, estimate_factors, participants
+from kfac_prune.curvature.estimate import estimate_factors, participants
+from kfac_prune.curvature.factors import Factors
 from kfac_prune.data import Document, choose_texts, sequence_windows
 from kfac_prune.models import load_config, load_model, load_tokenizer, prunable_layers
 from kfac_prune.objective import find_objective

@@ -241,7 +241,7 @@ class TestOwl:
         for i, count in enumerate(outliers):
             w = torch.ones((shapes or {}).get(i, (10, 10)), dtype=torch.float64)
             w.view(-1)[:count] = -100.0
-            made[f"block{i}"] = {f"layer{i}": (w, eye(w.shape[1]))}
+            made[f"block{i}"] = {f"layer{i}": (w, torch.ones_like(w[0]))}
         return made
 
     def test_is_linear_in_the_share_of_outliers(self):

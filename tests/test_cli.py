@@ -428,6 +428,8 @@ def test_options_reach_the_recipe(here):
                 *lists,
                 "--overwrite",
                 "--offload",
+                "--max-memory",
+                "0.5",
                 "--no-refit",
             ]
         )
@@ -471,6 +473,7 @@ def test_options_reach_the_recipe(here):
         "device": "cpu",
         "dtype": "bfloat16",
         "offload": True,
+        "max_memory": 0.5,
         "overwrite": True,
         "trust_remote_code": False,
     }

@@ -24,7 +24,7 @@ LISTS = ("include", "ignore")
 SWITCHES = ("offload", "overwrite", "resume", "trust_remote_code")
 OPTIONAL_SWITCHES = ("refit", "permute")
 OPTIONAL_COUNTS = ("target_params", "multiple", "shots", "reconstruct")
-OPTIONAL_NUMBERS = ("sparsity", "damping", "target_latency")
+OPTIONAL_NUMBERS = ("sparsity", "damping", "target_latency", "max_memory")
 GROUPS = (TEXTS, OPTIONAL_TEXTS, COUNTS, LISTS, SWITCHES, OPTIONAL_SWITCHES, OPTIONAL_COUNTS, OPTIONAL_NUMBERS)
 
 

@@ -10,13 +10,16 @@ import torch
 from torch import nn
 from torch.func import functional_call, jacrev
 from torch.nn import functional as F
+from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 from kfac_prune.curvature.capture import FactorCapture, GradientMoments, InputMoments
-from kfac_prune.curvature.estimate import LayerFactors, estimate_factors
+from kfac_prune.curvature.estimate import estimate_factors
+from kfac_prune.curvature.factors import FactorShelf, LayerFactors
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.fisher import next_token_labels
+from kfac_prune.linalg import packed_triangle, unpacked_triangle
 from kfac_prune.models import Layer, prunable_layers
 from kfac_prune.operators import Damping, Diagonal, Kronecker, ScaledIdentity
 from kfac_prune.quality import evaluate
@@ -129,6 +132,84 @@ def test_the_batch_size_does_not_matter(near, model, make_windows, batch_size, l
     windows, layers = make_windows(7, lengths=lengths), prunable_layers(model)
     whole = estimate_factors(model, layers, windows, batch_size=7)
     assert_same_factors(near, estimate_factors(model, layers, windows, batch_size=batch_size), whole)
+
+
+@pytest.mark.parametrize("lengths", [(), (9, 3, 1, 7, 2)], ids=["whole", "padded"])
+def test_groups_of_layers_give_what_all_layers_give_together(near, model, make_windows, lengths):
+    windows, layers = make_windows(5, lengths=lengths), prunable_layers(model)
+    whole = estimate_factors(model, layers, windows, seed=2)
+    most = max(4 * sum(n**2 for n in layer.shape) for layer in layers)  # just fits
+    grouped = estimate_factors(model, layers, windows, seed=2, max_memory=most)
+    assert isinstance(whole.layers, dict)
+    assert isinstance(grouped.layers, FactorShelf)
+    assert list(grouped.layers) == list(whole.layers)
+    assert_same_factors(near, grouped, whole)
+    assert grouped.streams.keys() == whole.streams.keys()
+    for name, g in grouped.streams.items():
+        assert torch.equal(g, whole.streams[name])
+    for layer in layers:
+        one, other = grouped.layers[layer.name], whole.layers[layer.name]
+        assert (one.tokens, one.has_bias) == (other.tokens, other.has_bias)
+
+
+def test_a_layer_that_does_not_fit_is_refused_before_any_pass(make_model, make_windows):
+    model = make_model("llama")
+    layers = prunable_layers(model)
+    model.forward = None
+    with pytest.raises(InputError, match=r"^layer model\.layers\.0\.self_attn\.q_proj: its factors, .* --max-memory"):
+        estimate_factors(model, layers, make_windows(), max_memory=100)
+
+
+def test_layers_that_read_one_tensor_share_one_matrix(make_model, make_windows):
+    model = make_model("llama")
+    factors = estimate_factors(model, prunable_layers(model), make_windows())
+    q, k, o = (factors.layers[f"model.layers.0.self_attn.{name}_proj"] for name in "qko")
+    assert q.a is k.a
+    assert q.a is not o.a
+
+
+class TestShelf:
+    def factors(self, a, seed=0, width=3):
+        g = randn(width, width, seed=seed, dtype=torch.float32)
+        return LayerFactors(a, a[0].clone(), g + g.T, tokens=7, has_bias=True)
+
+    @pytest.mark.parametrize("on_disk", [False, True])
+    def test_gives_back_what_it_got(self, on_disk):
+        shelf = FactorShelf(torch.device("cpu"), on_disk=on_disk)
+        first, second = (self.factors(torch.eye(n), seed=n, width=n + 1) for n in (4, 1))
+        shelf["first"], shelf["second"] = first, second
+        for name, want in (("first", first), ("second", second), ("first", first)):
+            for field in ("a", "mean", "g"):
+                assert torch.equal(getattr(shelf[name], field), getattr(want, field))
+        shelf["first"] = second
+        assert torch.equal(shelf["first"].g, second.g)
+        del shelf["first"]
+        assert list(shelf) == ["second"]
+        assert len(shelf) == 1
+        with pytest.raises(KeyError):
+            shelf["first"]
+
+    def test_a_shared_matrix_waits_once(self):
+        shelf, a = FactorShelf(torch.device("cpu"), on_disk=False), torch.eye(5)
+        shelf.update({"q": self.factors(a), "k": self.factors(a, seed=1), "o": self.factors(a.clone())})
+        assert shelf._waiting["q"].a is shelf._waiting["k"].a
+        assert shelf._waiting["q"].a is not shelf._waiting["o"].a
+        assert shelf._waiting["q"].a.numel() == 15
+
+    def test_a_layer_asked_for_again_is_not_unpacked_again(self):
+        shelf = FactorShelf(torch.device("cpu"), on_disk=False)
+        shelf["q"] = self.factors(torch.eye(2))
+        assert shelf["q"] is shelf["q"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6, 7])
+def test_a_packed_triangle_holds_a_symmetric_matrix(size):
+    matrix = randn(size, size)
+    matrix = matrix + matrix.T
+    packed = packed_triangle(matrix)
+    assert packed.shape == (size * (size + 1) // 2,)
+    assert torch.equal(unpacked_triangle(packed), matrix)
+    assert_close(packed.sort().values, matrix[torch.tril_indices(size, size).unbind()].sort().values, rtol=0, atol=0)
 
 
 def test_the_order_of_the_windows_does_not_matter(near, model, make_windows):

@@ -17,6 +17,7 @@ MAX_LINES = 400
 #: in one row does not know its neighbours.
 LAYERS = (
     ("errors", "memory", "figures", "reference"),
+    ("options",),
     ("reference_pcg",),
     ("kernels", "ranks"),
     ("backend",),

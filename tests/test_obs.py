@@ -23,7 +23,7 @@ from oracles import (
     tolerance,
 )
 
-from kfac_prune.curvature.estimate import LayerFactors
+from kfac_prune.curvature.factors import LayerFactors
 from kfac_prune.obs import FAST, NM, THOROUGH, AdmmSchedule, Unstructured, compensate, saliency, select, solve
 from kfac_prune.obs.select import one_shot
 from kfac_prune.operators import Damping, Dense, Diagonal, Kronecker, ScaledIdentity, quadratic_loss

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from kfac_prune import shots
 from kfac_prune.config import Recipe
-from kfac_prune.curvature.estimate import LayerFactors, estimate_factors
+from kfac_prune.curvature.estimate import estimate_factors
+from kfac_prune.curvature.factors import LayerFactors
 from kfac_prune.models import Layer, prunable_layers
 from kfac_prune.obs import NM
 from kfac_prune.operators import Damping
@@ -27,10 +28,10 @@ def pruned(model, windows, **options):
 
 
 @PATTERNS
-def test_never_worse_on_held_out_windows_and_as_many_weights(model, family, make_windows, pattern):
-    windows = make_windows(count=24, length=12)
-    layers, plan, dense = pruned(model, windows, sparsity=0.5, pattern=pattern)
-    _, held_out = windows.split(2)
+def test_never_worse_on_held_out_windows_and_as_many_weights(model, make_windows, pattern):
+    windows = make_windows(count=160, length=12)
+    layers, plan, dense = pruned(model, windows, sparsity=0.5 if pattern else 0.7, pattern=pattern)
+    _, held_out = windows.split(16)
 
     def kl():
         return evaluate(model, held_out, dense=dense.swapped_in).kl
@@ -39,7 +40,7 @@ def test_never_worse_on_held_out_windows_and_as_many_weights(model, family, make
     new, records = correct(model, layers, plan, windows, dense.swapped_in, 2, pattern=pattern)
     assert records[0].before == pytest.approx(before)
     assert records[-1].after == pytest.approx(kl())
-    assert records[0].step > 0 or (family, pattern) == ("opt", NM(2, 4))  # there no step helps the few windows
+    assert records[0].step > 0
     for record in records:
         assert record.after < record.before if record.step else record.after == record.before
     for layer, old, now in zip(layers, plan.layers, new.layers, strict=True):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kfac_prune.curvature.estimate import Factors
+from kfac_prune.curvature.factors import Factors
 from kfac_prune.models import Layer
 from kfac_prune.obs import NM, Pattern, Unstructured, compensate, project_together, saliency
 from kfac_prune.operators import Damping

@@ -20,7 +20,7 @@ def owl(blocks: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]], sparsity: flo
     (0, 1).
 
     Args:
-        blocks: per block name, per layer name, W [out, in] and A [in, in], the uncentred second moment of its inputs.
+        blocks: per block name, per layer name, W [out, in] and the mean squares [in] of its inputs.
         sparsity: S of all layers together, in [0, 1).
 
     Returns:
@@ -28,7 +28,7 @@ def owl(blocks: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]], sparsity: flo
     """
     sizes, outliers = {}, {}
     for name, layers in blocks.items():
-        scores = torch.cat([(w.abs() * a.diagonal().sqrt()).flatten() for w, a in layers.values()])
+        scores = torch.cat([(w.abs() * squares.sqrt()).flatten() for w, squares in layers.values()])
         sizes[name] = scores.numel()
         outliers[name] = float((scores > OUTLIER * scores.mean()).double().mean())
     mean = sum(sizes[name] * d for name, d in outliers.items()) / sum(sizes.values())

@@ -1,13 +1,13 @@
-"""Kronecker factors of a model's Fisher on calibration windows, and the operators that they give."""
+"""Kronecker factors of a model's Fisher on calibration windows, in one pass or one per group of layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -15,113 +15,15 @@ from transformers import PreTrainedModel
 
 from kfac_prune import ranks
 from kfac_prune.curvature.capture import FactorCapture, GradientMoments, InputMoments
+from kfac_prune.curvature.factors import Factors, FactorShelf, LayerFactors
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.fisher import FisherType
 from kfac_prune.models import Layer, find_blocks, only_trained
 from kfac_prune.objective import CAUSAL, Objective
-from kfac_prune.operators import Curvature, Damping, DampingRecord, Diagonal, Kronecker, ScaledIdentity
 
 #: Cotangents per window where the model has one output per sequence; where it has one per token, every token has one.
 SEQUENCE_DRAWS = 4
-#: Of sums in float32: a variance below this fraction of the second moment is not known.
-ROUNDING = 1e-7
-#: The hierarchy: H = I, H diagonal, H = I ⊗ A, H = G ⊗ A.
-Method = Literal["magnitude", "obd", "layerwise", "kfac"]
-
-
-@dataclass(frozen=True)
-class LayerFactors:
-    """The second moments of one layer, means over tokens (DESIGN §1).
-
-    Attributes:
-        a: E[a aᵀ] [in, in] of its inputs.
-        mean: E[a] [in].
-        g: E[g gᵀ] [out, out] of the gradients, at its outputs, of the loss summed over the sequence.
-        tokens: number of tokens averaged over.
-        has_bias: the layer has a bias, which compensates too and is never pruned.
-    """
-
-    a: Tensor
-    mean: Tensor
-    g: Tensor
-    tokens: int
-    has_bias: bool
-
-    def operator(
-        self, method: Method, damping: Damping, *, where: str, dtype: torch.dtype = torch.float32
-    ) -> tuple[Curvature, list[DampingRecord]]:
-        """The layer's curvature in one of the approximations.
-
-        A bias is eliminated exactly: for any G, minimising over it leaves the quadratic with A replaced by the
-        covariance about the mean, ``A − E[a]E[a]ᵀ`` (the Schur complement of the augmented A).
-
-        Args:
-            method: which approximation.
-            damping: of A and G (Kronecker forms only).
-            where: the layer's name, for messages.
-            dtype: of the operator.
-
-        Returns:
-            The operator and what damping was used.
-        """
-        shape = (self.g.shape[0], self.a.shape[0])
-        if method == "magnitude":
-            return ScaledIdentity(torch.ones((), dtype=dtype, device=self.a.device), shape), []
-        if method == "obd":
-            floor = torch.finfo(dtype).tiny
-            h = torch.outer(self.g.diagonal(), self.a.diagonal()).to(dtype).clamp_min(floor)
-            return Diagonal(h), []
-        a = self.a
-        if self.has_bias:  # in float64: the difference is small where the mean is large
-            mean = self.mean.double()
-            a = a.double() - torch.outer(mean, mean)
-            if float(a.trace()) <= ROUNDING * float(self.a.trace()):
-                raise InputError(
-                    f"layer {where}: its inputs are the same for all {self.tokens} tokens of the calibration text, so "
-                    "that its bias takes up any change of its weights; add text, or leave it out with --ignore"
-                )
-        a, record_a = damping(a.to(dtype), name="A", where=where)
-        if method == "layerwise":
-            return Kronecker(a, None, out_features=shape[0]), [record_a]
-        g, record_g = damping(self.g.to(dtype), name="G", where=where)
-        return Kronecker(a, g), [record_a, record_g]
-
-    def bias_update(self, change: Tensor) -> Tensor:
-        """The bias change [out] that is optimal for a weight change D [out, in]: ``−D E[a]``."""
-        return -change @ self.mean.to(change.dtype)
-
-    def bias_loss(self, change: Tensor, shift: Tensor) -> float:
-        """What is lost, beyond the operator's quadratic, by another bias change than ``bias_update``'s.
-
-        ``½ eᵀ G e`` with e = D E[a] + shift, the change of the mean output; zero for layers without bias, whose
-        operator holds the uncentred A.
-
-        Args:
-            change: D [out, in].
-            shift: of the bias, [out].
-        """
-        if not self.has_bias:
-            return 0.0
-        error = shift - self.bias_update(change)
-        return 0.5 * float(error @ self.g.to(error.dtype) @ error)
-
-
-@dataclass(frozen=True)
-class Factors:
-    """The factors of all layers, and where they come from.
-
-    Attributes:
-        layers: per layer name.
-        streams: per block name, E[g gᵀ] [d, d] of the gradients at its output, the residual stream; undamped.
-        tokens: calibration tokens that were seen.
-        data_sha256: content hash of the calibration windows.
-    """
-
-    layers: dict[str, LayerFactors]
-    streams: dict[str, Tensor]
-    tokens: int
-    data_sha256: str
 
 
 def estimate_factors(
@@ -133,9 +35,13 @@ def estimate_factors(
     fisher: FisherType = "sampled",
     seed: int = 0,
     batch_size: int = 4,
+    max_memory: int | None = None,
     quiet: bool = True,
 ) -> Factors:
     """Estimate A and G of every layer with one forward and one backward pass over the windows (per sampled label).
+
+    Where the factors of all layers need more memory than there is for them, the layers are taken in groups with a pass
+    for each. Those that are finished wait off the device (``FactorShelf``).
 
     The Fisher is the true one by default: labels are sampled (with replacement) from the model's own predictions at
     every position, so that it is the Hessian of KL(dense‖pruned) at the dense model (Martens & Grosse 2015; Kunstner
@@ -152,42 +58,91 @@ def estimate_factors(
         fisher: "sampled" labels, or the "empirical" Fisher with the data's next tokens.
         seed: of the sampled labels; the labels do not depend on how the windows are batched.
         batch_size: windows per pass.
+        max_memory: bytes of the device that the factors may take at a time; None: half of what is free on a GPU, all
+            that they need on a CPU.
         quiet: show no progress bar.
 
     Raises:
-        InputError: the windows hold no token, a layer never took part, or its statistics are not finite.
+        InputError: the windows hold no token, a layer never took part, its statistics are not finite, or its factors
+            alone need more than ``max_memory``.
     """
     if windows.tokens == 0:
         raise InputError("the calibration windows hold no token: every position is masked")
     draws = draw_all(model, windows, objective, seed)
     sequences = len(windows) * len(draws) if objective.unit == "sequence" else None
-    names, blocks = find_blocks(model, layers)
-    capture = FactorCapture(layers, dict(zip(names, blocks, strict=True)), per_sequence=sequences is not None)
     device = model.device
+    groups = _groups(layers, max_memory or _half_of_free(device))
+    found: MutableMapping[str, LayerFactors] = {}
+    if len(groups) > 1:
+        found = FactorShelf(device, on_disk=device.type == "cpu" or not _room_for(layers))
     size = max(min(batch_size, len(windows) // ranks.count()), 1)
     batches = ranks.share(list(windows.batches(size)))
-    seen = sum(len(batch.input_ids) for batch in batches)
-    with frozen(model), capture.hooked(), tqdm(total=seen, desc="curvature", unit="seq", disable=quiet) as bar:
-        for batch in batches:
-            ids = batch.input_ids.to(device)
-            mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
-            capture.token_mask = mask
-            first, last = int(batch.index[0]), int(batch.index[-1])
-            capture.batch = f"batch {first // size + 1} (windows {first + 1} to {last + 1})"
-            with torch.enable_grad():
-                output = objective.output(model, ids, mask)
-            for i, draw in enumerate(draws):
-                cotangent = objective.cotangent(output, draw[batch.index], ids, mask, fisher)
-                output.backward(cotangent, retain_graph=i < len(draws) - 1)
-            bar.update(len(ids))
-    capture.add_up()
-    gradients = {name: moments for name, moments in capture.gradients.items() if name in capture.blocks}
-    return Factors(
-        {layer.name: _finish(layer, capture, sequences) for layer in layers},
-        {name: moments.second / (sequences or moments.tokens) for name, moments in gradients.items()},
-        tokens=windows.tokens,
-        data_sha256=windows.sha256(),
-    )
+    seen = sum(len(batch.input_ids) for batch in batches) * len(groups)
+    streams: dict[str, Tensor] = {}
+    with frozen(model), tqdm(total=seen, desc="curvature", unit="seq", disable=quiet) as bar:
+        for group in groups:
+            names, blocks = find_blocks(model, layers) if not found else ([], [])
+            capture = FactorCapture(group, dict(zip(names, blocks, strict=True)), per_sequence=sequences is not None)
+            with capture.hooked():
+                for batch in batches:
+                    ids = batch.input_ids.to(device)
+                    mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
+                    capture.token_mask = mask
+                    first, last = int(batch.index[0]), int(batch.index[-1])
+                    capture.batch = f"batch {first // size + 1} (windows {first + 1} to {last + 1})"
+                    with torch.enable_grad():
+                        output = objective.output(model, ids, mask)
+                    for i, draw in enumerate(draws):
+                        cotangent = objective.cotangent(output, draw[batch.index], ids, mask, fisher)
+                        output.backward(cotangent, retain_graph=i < len(draws) - 1)
+                    bar.update(len(ids))
+            capture.add_up()
+            for name in capture.blocks:
+                moments = capture.gradients[name]
+                streams[name] = moments.second / (sequences or moments.tokens)
+            found.update(_finish(group, capture, sequences))
+    return Factors(found, streams, tokens=windows.tokens, data_sha256=windows.sha256())
+
+
+def _needs(layer: Layer) -> int:
+    """Bytes that a layer's A and G take on the device."""
+    return 4 * sum(width**2 for width in layer.shape)
+
+
+def _room_for(layers: Sequence[Layer]) -> bool:
+    """Half of the main memory that is free holds the triangles of all factors."""
+    free: int = psutil.virtual_memory().available
+    return sum(map(_needs, layers)) < free
+
+
+def _half_of_free(device: torch.device) -> int | None:
+    """Bytes that factors may take where nobody has said, the same in every process; None on a CPU: no limit."""
+    if device.type != "cuda":
+        return None
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return -ranks.largest(-(torch.cuda.mem_get_info(device)[0] + cached) // 2, device)
+
+
+def _groups(layers: Sequence[Layer], most: int | None) -> list[list[Layer]]:
+    """Neighbouring layers whose factors fit into so many bytes together."""
+    if most is None:
+        return [list(layers)]
+    groups: list[list[Layer]] = []
+    room = 0
+    for layer in layers:
+        need = _needs(layer)
+        if need > most:
+            raise InputError(
+                f"layer {layer.name}: its factors, {' and '.join(f'{n} x {n}' for n in reversed(layer.shape))}, need "
+                f"{need / 2**30:.3g} GiB, more than the {most / 2**30:.3g} GiB that factors may take; raise "
+                "--max-memory, or leave the layer out with --ignore"
+            )
+        if need > room or not groups:
+            groups.append([])
+            room = most
+        groups[-1].append(layer)
+        room -= need
+    return groups
 
 
 def draws_per_window(objective: Objective) -> int:
@@ -254,9 +209,25 @@ def _note(names: set[str], name: str, module: nn.Module, args: tuple[Any, ...]) 
     names.add(name)
 
 
-def _finish(layer: Layer, capture: FactorCapture, sequences: int | None) -> LayerFactors:
-    """Sums to means, with the checks that name the layer; G to sums per sequence where their number is given."""
-    name = layer.name
+def _finish(layers: Sequence[Layer], capture: FactorCapture, sequences: int | None) -> dict[str, LayerFactors]:
+    """Sums to means, in place, with the checks that name the layer; G to sums per sequence where there are such."""
+    for layer in layers:
+        _check(layer.name, capture)
+    for moments in {id(moments): moments for moments in capture.inputs.values()}.values():
+        moments.second /= moments.tokens
+        moments.first /= moments.tokens
+    found = {}
+    for layer in layers:
+        inputs, gradients = capture.inputs[layer.name], capture.gradients[layer.name]
+        gradients.second /= sequences or gradients.tokens
+        found[layer.name] = LayerFactors(
+            inputs.second, inputs.first, gradients.second, inputs.tokens, has_bias=layer.bias is not None
+        )
+    return found
+
+
+def _check(name: str, capture: FactorCapture) -> None:
+    """A layer has seen tokens, and what it has seen is finite."""
     if name not in capture.inputs or name not in capture.gradients:
         raise InputError(f"layer {name} took no part in the forward pass; leave it out with --ignore '{name}'")
     inputs, gradients = capture.inputs[name], capture.gradients[name]
@@ -273,13 +244,6 @@ def _finish(layer: Layer, capture: FactorCapture, sequences: int | None) -> Laye
                 f"layer {name}: its {label} hold NaN or infinity on the calibration text, first in {where}; "
                 "try --dtype float32 or bfloat16, or other text"
             )
-    return LayerFactors(
-        a=inputs.second / inputs.tokens,
-        mean=inputs.first / inputs.tokens,
-        g=gradients.second / (sequences or gradients.tokens),
-        tokens=inputs.tokens,
-        has_bias=layer.bias is not None,
-    )
 
 
 class frozen:

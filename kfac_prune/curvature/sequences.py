@@ -21,7 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from kfac_prune.curvature.estimate import Factors, LayerFactors, draw_all, draws_per_window, frozen
+from kfac_prune.curvature.estimate import draw_all, draws_per_window, frozen
+from kfac_prune.curvature.factors import Factors, LayerFactors
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.fisher import FisherType

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kfac_prune.allocate import choose
-from kfac_prune.curvature.estimate import Factors, Method
+from kfac_prune.curvature.factors import Factors, Method
 from kfac_prune.data import Windows
 from kfac_prune.models import WeightSwap
 from kfac_prune.objective import CAUSAL, Objective

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from kfac_prune.curvature.estimate import Method, estimate_factors
+from kfac_prune.curvature.estimate import estimate_factors
+from kfac_prune.curvature.factors import Method
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.fisher import FisherType
@@ -73,6 +74,7 @@ class Settings:
         fisher: labels of the Fisher.
         seed: of sampled labels.
         batch_size: windows per pass.
+        max_memory: bytes of factors at a time; see ``estimate_factors``.
         quiet: show no progress bars.
     """
 
@@ -85,6 +87,7 @@ class Settings:
     fisher: FisherType = "sampled"
     seed: int = 0
     batch_size: int = 4
+    max_memory: int | None = None
     quiet: bool = True
 
 
@@ -257,7 +260,7 @@ class _Job:
         layers = [Layer(name, model.get_submodule(name)) for name in self.names]
         groups = find_groups(model, layers, self.kinds)
         consumers = [group.consumer for group in groups]
-        options: Any = {"seed": s.seed, "batch_size": s.batch_size, "quiet": s.quiet}
+        options: Any = {"seed": s.seed, "batch_size": s.batch_size, "max_memory": s.max_memory, "quiet": s.quiet}
         factors = estimate_factors(model, consumers, self.fit, objective=s.objective, fisher=s.fisher, **options)
         return Problem(model, groups, factors, s.method, s.damping, s.objective)
 

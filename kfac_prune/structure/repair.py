@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kfac_prune import ranks
-from kfac_prune.curvature.estimate import Factors
+from kfac_prune.curvature.factors import Factors
 from kfac_prune.data import Windows
 from kfac_prune.linalg import shifted
 from kfac_prune.models import Layer
