@@ -207,6 +207,10 @@ class Journal:
         """What ``write`` left of a part; None if it was not finished. Errors as ``load_artifact``."""
         return load_artifact(self._path(part), f"{self.key} {part}")
 
+    def has(self, part: str) -> bool:
+        """Whether ``write`` has left a part, of this run or another."""
+        return self._path(part).exists()
+
     def write(self, part: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Leave a part that is finished."""
         save_artifact(self._path(part), tensors, key=f"{self.key} {part}", record=record)
