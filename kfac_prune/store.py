@@ -102,7 +102,8 @@ def clear_work(out: str) -> None:
     folder = work_folder(out)
     if folder.is_dir():
         for stage in ("plan", "reconstruction"):
-            for file in (*folder.glob(f"{stage}-*.safetensors"), *folder.glob(f"{stage}-*.partial")):
+            # in order, so that a plan goes before the layers that it refers to, should this be interrupted
+            for file in sorted((*folder.glob(f"{stage}-*.safetensors"), *folder.glob(f"{stage}-*.partial"))):
                 file.unlink()
         if not any(folder.iterdir()):
             folder.rmdir()

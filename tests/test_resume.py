@@ -18,6 +18,7 @@ from kfac_prune.errors import InputError
 from kfac_prune.obs import THOROUGH
 from kfac_prune.pipeline import run
 from kfac_prune.problems import Problems
+from kfac_prune.store import work_folder
 
 KILLS = 20
 
@@ -136,6 +137,30 @@ def test_a_plan_goes_on_after_its_last_layer(place, tmp_path, monkeypatch, patte
     assert not first & {name for kind, name in solved if kind is True}
     assert not any(kind == "curve" for kind, _ in solved)
     assert bytes_of(tmp_path / "other") == bytes_of(tmp_path / "whole")
+
+
+def test_clearing_can_be_interrupted_anywhere(place, tmp_path, monkeypatch):
+    """The run before has ended, and its result is gone: what is left of its work still leads to the same bytes."""
+    made, left = recipe(place, tmp_path / "out", resume=True), []
+
+    def stops(out):
+        left.extend(sorted(work_folder(out).iterdir()))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "clear_work", stops)
+        with pytest.raises(KeyboardInterrupt):
+            run(made)
+    whole = bytes_of(made.out)
+    assert left[0].name == "plan-all-layers.safetensors"
+    shutil.copytree(left[0].parent, tmp_path / "copy")
+    for gone in (left[:1], left[:3]):
+        shutil.rmtree(made.out)
+        shutil.copytree(tmp_path / "copy", left[0].parent, dirs_exist_ok=True)
+        for file in gone:
+            file.unlink()
+        run(made)
+        assert bytes_of(made.out) == whole
 
 
 def test_a_plan_that_has_lost_a_layer_is_refused(place, tmp_path, monkeypatch):
