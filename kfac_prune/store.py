@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,9 @@ def new_folder(out: str, *, overwrite: bool) -> Iterator[Path]:
     """A temporary folder beside ``out`` that becomes ``out`` when the block ends well, and vanishes when it fails.
 
     A folder that is replaced stays as it was until the new one is complete.
+
+    Raises:
+        InputError: it cannot be written.
     """
     target = check_output(out, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -135,8 +138,18 @@ def new_folder(out: str, *, overwrite: bool) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             os.replace(work, target)
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(target, error) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def cannot_write(path: Path, error: Exception) -> InputError:
+    """What to say of a disk that is full, or gone, when a result is due."""
+    return InputError(
+        f"{path} cannot be written ({error}); what was there is as before. See to the disk; what was finished is not "
+        "lost: a prune that is started again with --resume goes on from there"
+    )
 
 
 def save_artifact(path: Path, tensors: Mapping[str, Tensor], *, key: str, record: Mapping[str, Any]) -> None:
@@ -147,8 +160,10 @@ def save_artifact(path: Path, tensors: Mapping[str, Tensor], *, key: str, record
         tensors: by name.
         key: says which run and which part of it this is.
         record: figures that JSON can hold.
+
+    Raises:
+        InputError: it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     whole: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
@@ -160,8 +175,14 @@ def save_artifact(path: Path, tensors: Mapping[str, Tensor], *, key: str, record
     metadata = {"key": key, "record": json.dumps(record)}
     metadata["sha256"] = _artifact_hash(whole, metadata["record"])
     partial = path.with_suffix(".partial")
-    save_file(whole, partial, metadata=metadata)
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(whole, partial, metadata=metadata)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
 
 
 def load_artifact(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

@@ -5,9 +5,11 @@ import inspect
 import json
 import math
 import random
+import resource
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -825,11 +827,43 @@ def test_failure_while_saving_leaves_everything_as_it_was(stage, error, existing
         raise error
 
     monkeypatch.setattr(pipeline, stage, fails)
-    with pytest.raises(type(error)):
+    with pytest.raises(InputError if isinstance(error, OSError) else type(error)):
         run(recipe(method="magnitude", overwrite=True))
     after = {name: content for name, content in listing(tmp_path).items() if not name.startswith("out.work/plan-")}
     assert after == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.work"][0 if existing else 1 :]
+
+
+@contextmanager
+def full_disk(limit=4096):
+    """No file can become larger, which fails as a full disk does, only with another reason."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("stage", ["save_model", "make_plan", "write_planned", "reconstruct_sparse"])
+def test_a_full_disk_loses_nothing(stage, recipe, tmp_path, monkeypatch):
+    made = recipe("llama", reconstruct=1, pattern="2:4")
+    run(made)
+    before, original = listing(tmp_path), getattr(pipeline, stage)
+
+    def fails(*args, **kwargs):
+        with full_disk():
+            return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, stage, fails)
+        with pytest.raises(InputError, match=r"cannot be written \(.*File too large.*--resume goes on"):
+            run(dataclasses.replace(made, overwrite=True))
+    after = listing(tmp_path)
+    assert {name: content for name, content in after.items() if not name.startswith("out.work")} == before
+    assert not any(name.endswith(".partial") for name in after)
+    run(dataclasses.replace(made, overwrite=True, resume=True))
+    assert bytes_of(made.out) == before["out/model.safetensors"]
 
 
 def test_a_checkpoint_that_does_not_reload_is_not_kept(recipe, tmp_path, monkeypatch):
