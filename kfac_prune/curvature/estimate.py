@@ -71,7 +71,7 @@ def estimate_factors(
     draws = draw_all(model, windows, objective, seed)
     sequences = len(windows) * len(draws) if objective.unit == "sequence" else None
     device = model.device
-    groups = _groups(layers, max_memory or _half_of_free(device))
+    groups = _groups(layers, _half_of_free(device) if max_memory is None else max_memory)
     found: MutableMapping[str, LayerFactors] = {}
     if len(groups) > 1:
         found = FactorShelf(device, on_disk=device.type == "cpu" or not _room_for(layers))
