@@ -61,11 +61,35 @@ class Plan:
             shape = f"{layer.mask.shape[0]} x {layer.mask.shape[1]}"
             notes = [f"damping of {r.factor} raised to {r.relative:g}" for r in layer.damping if r.raised]
             notes += [] if layer.groups_fit else ["width is no multiple of m, its last group is shorter"]
+            if (few := layer.few) is not None:
+                shrunk = f"A and G shrunk by {few.shrinkage_a:.2f} and {few.shrinkage_g:.2f}"
+                notes.append(f"{few.tokens:,} tokens, {few.share:.1%}; {shrunk}")
             note = f"  ({'; '.join(notes)})" if notes else ""
             lines.append(f"{layer.name:{width}}  {shape:>13}  {layer.sparsity:8.1%}  {layer.predicted:.6f}{note}")
         weights = sum(layer.mask.numel() for layer in self.layers)
         lines.append(f"{'total':{width}}  {f'{weights:,}':>13}  {self.sparsity:8.1%}  {self.predicted:.6f}")
         return "\n".join(lines)
+
+
+def experts_told(plan: Plan, idle: Sequence[str]) -> str:
+    """How many tokens the experts saw, and which of them none; empty where there are no experts.
+
+    Args:
+        plan: of all layers with curvature.
+        idle: names of the experts' layers that saw no token and stay dense.
+    """
+    lines = []
+    if few := [layer.few for layer in plan.layers if layer.few is not None]:
+        counts = sorted(one.tokens for one in few)
+        a, g = (sorted(x) for x in zip(*((one.shrinkage_a, one.shrinkage_g) for one in few), strict=True))
+        lines.append(
+            f"{len(few)} layers of experts saw {counts[0]:,} to {counts[-1]:,} tokens (median "
+            f"{counts[len(few) // 2]:,}); their factors are shrunk towards the identity, A by {a[0]:.2f} to {a[-1]:.2f}, "
+            f"G by {g[0]:.2f} to {g[-1]:.2f}"
+        )
+    if idle:
+        lines.append(f"left dense, since no token of the calibration text was routed to them: {', '.join(idle)}")
+    return "\n".join(lines)
 
 
 def make_plan(
@@ -144,7 +168,8 @@ def make_plan(
     planned = [replace(made, predicted=made.predicted * factor.get(made.name, 1.0)) for made in planned]
     if target is not None:
         planned = _cheapest(layers, planned, target)
-    return Plan(tuple(planned), method, allocation)
+    told = tuple(replace(made, few=factors.layers[made.name].few) for made in planned)
+    return Plan(told, method, allocation)
 
 
 def loss_curves(

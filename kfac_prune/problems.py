@@ -13,6 +13,7 @@ from tqdm import tqdm
 from kfac_prune import ranks
 from kfac_prune.baselines import alps, sparsegpt, wanda
 from kfac_prune.curvature.estimate import Factors, Method
+from kfac_prune.curvature.few_tokens import FewTokens
 from kfac_prune.curvature.sequences import STATISTICS, SequenceFisher, SequenceMethod
 from kfac_prune.models import Layer
 from kfac_prune.obs import NM, THOROUGH, AdmmSchedule, Pattern, Unstructured, solve
@@ -40,6 +41,7 @@ class PlannedLayer:
         damping: what was added to the factors.
         groups_fit: False where an n:m pattern does not divide the width: the last group is shorter than m, and
             hardware that needs whole groups cannot use the layer.
+        few: of an expert, its share of the tokens and how its factors were shrunk; None for any other layer.
     """
 
     name: str
@@ -50,6 +52,7 @@ class PlannedLayer:
     kkt: float | None
     damping: tuple[DampingRecord, ...]
     groups_fit: bool = True
+    few: FewTokens | None = None
 
     @property
     def sparsity(self) -> float:

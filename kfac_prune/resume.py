@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from kfac_prune import ranks
 from kfac_prune.config import Recipe
 from kfac_prune.curvature.estimate import Factors, LayerFactors
+from kfac_prune.curvature.few_tokens import FewTokens
 from kfac_prune.data import Windows
 from kfac_prune.models import Layer
 from kfac_prune.operators import DampingRecord
@@ -67,7 +68,8 @@ def write_planned(journal: Journal, recipe: Recipe, model: PreTrainedModel, plan
         if layer.bias is not None:
             tensors[f"bias {layer.name}"] = layer.bias
         figures = {"predicted": layer.predicted, "kkt": layer.kkt, "groups_fit": layer.groups_fit}
-        rows.append({"name": layer.name, **figures, "damping": [asdict(record) for record in layer.damping]})
+        few = None if layer.few is None else asdict(layer.few)
+        rows.append({"name": layer.name, **figures, "damping": [asdict(one) for one in layer.damping], "few": few})
     kept: dict[str, Any] = {}
     if recipe.refit or recipe.reconstruct_unit == "sublayer":
         for name, one in factors.layers.items():
@@ -134,4 +136,5 @@ def _layer(row: dict[str, Any], tensors: dict[str, Tensor], model: PreTrainedMod
     bias = tensors[f"bias {name}"].to(device) if f"bias {name}" in tensors else None
     damping = tuple(DampingRecord(**record) for record in row["damping"])
     figures = {key: row[key] for key in ("predicted", "kkt", "groups_fit")}
-    return PlannedLayer(name, weight, bias, mask, damping=damping, **figures)
+    few = None if row["few"] is None else FewTokens(**row["few"])
+    return PlannedLayer(name, weight, bias, mask, damping=damping, few=few, **figures)

@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 
 from kfac_prune import ranks
 from kfac_prune.curvature.capture import FactorCapture, GradientMoments, InputMoments
+from kfac_prune.curvature.few_tokens import FewTokens, shrunk
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
+from kfac_prune.experts import ExpertLinear
 from kfac_prune.fisher import FisherType
 from kfac_prune.models import Layer, find_blocks, only_trained
 from kfac_prune.objective import CAUSAL, Objective
@@ -37,9 +39,11 @@ class LayerFactors:
     Attributes:
         a: E[a aᵀ] [in, in] of its inputs.
         mean: E[a] [in].
-        g: E[g gᵀ] [out, out] of the gradients, at its outputs, of the loss summed over the sequence.
+        g: E[g gᵀ] [out, out] of the gradients, at its outputs, of the loss summed over the sequence. That of an
+            expert counts tokens that it does not see as zeros, so that ``G ⊗ A`` is per token of the text.
         tokens: number of tokens averaged over.
         has_bias: the layer has a bias, which compensates too and is never pruned.
+        few: of an expert, its share of the tokens and how A and G were shrunk for it; None for any other layer.
     """
 
     a: Tensor
@@ -47,6 +51,7 @@ class LayerFactors:
     g: Tensor
     tokens: int
     has_bias: bool
+    few: FewTokens | None = None
 
     def operator(
         self, method: Method, damping: Damping, *, where: str, dtype: torch.dtype = torch.float32
@@ -112,7 +117,7 @@ class Factors:
     """The factors of all layers, and where they come from.
 
     Attributes:
-        layers: per layer name.
+        layers: per layer name; an expert that saw no token has none.
         streams: per block name, E[g gᵀ] [d, d] of the gradients at its output, the residual stream; undamped.
         tokens: calibration tokens that were seen.
         data_sha256: content hash of the calibration windows.
@@ -140,7 +145,8 @@ def estimate_factors(
     The Fisher is the true one by default: labels are sampled (with replacement) from the model's own predictions at
     every position, so that it is the Hessian of KL(dense‖pruned) at the dense model (Martens & Grosse 2015; Kunstner
     et al. 2019 on why not the data's labels). Gradients are those of the loss summed over a sequence. No parameter
-    gradient is stored. Several processes share out the windows, and each has the sums of all.
+    gradient is stored. Several processes share out the windows, and each has the sums of all. Experts see a share of the
+    tokens each, and their factors are shrunk as far as that makes them uncertain (``few_tokens``).
 
     Args:
         model: a transformer with the objective's head; its training mode and ``requires_grad`` flags are as before
@@ -182,8 +188,9 @@ def estimate_factors(
             bar.update(len(ids))
     capture.add_up()
     gradients = {name: moments for name, moments in capture.gradients.items() if name in capture.blocks}
+    seen_by = [layer for layer in layers if not isinstance(layer.module, ExpertLinear) or _tokens(layer, capture)]
     return Factors(
-        {layer.name: _finish(layer, capture, sequences) for layer in layers},
+        {layer.name: _finish(layer, capture, sequences, windows.tokens) for layer in seen_by},
         {name: moments.second / (sequences or moments.tokens) for name, moments in gradients.items()},
         tokens=windows.tokens,
         data_sha256=windows.sha256(),
@@ -204,7 +211,10 @@ def draw_all(model: PreTrainedModel, windows: Windows, objective: Objective, see
 def participants(
     model: PreTrainedModel, layers: Sequence[Layer], windows: Windows, objective: Objective
 ) -> list[Layer]:
-    """The layers that the objective depends on, told by one window: a gradient comes back to their outputs."""
+    """The layers that the objective depends on, told by one window: a gradient comes back to their outputs.
+
+    Experts are always among them, since which of them a window reaches says nothing of others.
+    """
     first = next(windows.batches(1))
     ids = first.input_ids.to(model.device)
     mask = None if first.attention_mask is None else first.attention_mask.to(model.device)
@@ -220,7 +230,7 @@ def participants(
         for layer in layers:
             hooks.callback(layer.module.register_forward_hook(watch(layer.name)).remove)
         objective.output(model, ids, mask).sum().backward()
-    return [layer for layer in layers if layer.name in reached]
+    return [layer for layer in layers if layer.name in reached or isinstance(layer.module, ExpertLinear)]
 
 
 def bypassed(model: PreTrainedModel, layers: Sequence[Layer], windows: Windows, objective: Objective) -> list[Layer]:
@@ -254,8 +264,16 @@ def _note(names: set[str], name: str, module: nn.Module, args: tuple[Any, ...]) 
     names.add(name)
 
 
-def _finish(layer: Layer, capture: FactorCapture, sequences: int | None) -> LayerFactors:
-    """Sums to means, with the checks that name the layer; G to sums per sequence where their number is given."""
+def _tokens(layer: Layer, capture: FactorCapture) -> int:
+    """That a layer has seen."""
+    return capture.inputs[layer.name].tokens if layer.name in capture.inputs else 0
+
+
+def _finish(layer: Layer, capture: FactorCapture, sequences: int | None, everything: int) -> LayerFactors:
+    """Sums to means, with the checks that name the layer; G to sums per sequence where their number is given.
+
+    An expert's factors are shrunk, and its G is of ``everything``, the tokens of the text.
+    """
     name = layer.name
     if name not in capture.inputs or name not in capture.gradients:
         raise InputError(f"layer {name} took no part in the forward pass; leave it out with --ignore '{name}'")
@@ -273,12 +291,13 @@ def _finish(layer: Layer, capture: FactorCapture, sequences: int | None) -> Laye
                 f"layer {name}: its {label} hold NaN or infinity on the calibration text, first in {where}; "
                 "try --dtype float32 or bfloat16, or other text"
             )
+    a, g, few = inputs.second / inputs.tokens, gradients.second / (sequences or gradients.tokens), None
+    if isinstance(layer.module, ExpertLinear):
+        share = inputs.tokens / everything
+        (a, by_a), (g, by_g) = shrunk(a, inputs.tokens), shrunk(g, gradients.tokens)
+        g, few = g if sequences else g * share, FewTokens(inputs.tokens, share, by_a, by_g)
     return LayerFactors(
-        a=inputs.second / inputs.tokens,
-        mean=inputs.first / inputs.tokens,
-        g=gradients.second / (sequences or gradients.tokens),
-        tokens=inputs.tokens,
-        has_bias=layer.bias is not None,
+        a=a, mean=inputs.first / inputs.tokens, g=g, tokens=inputs.tokens, has_bias=layer.bias is not None, few=few
     )
 
 
