@@ -111,10 +111,11 @@ def _can_be_split(module: nn.Module) -> bool:
 
 
 def _is_split(module: nn.Module) -> bool:
-    return isinstance(vars(module).get("forward"), MethodType) and module.forward.__func__ is _forward
+    forward = vars(module).get("forward")
+    return isinstance(forward, MethodType) and forward.__func__ is _forward
 
 
-def _split(module: nn.Module, experts: list[nn.ModuleDict] | None = None) -> None:
+def _split(module: Any, experts: list[nn.ModuleDict] | None = None) -> None:
     """Replace the parameters by the experts' layers; by those given, which then are views of the parameters."""
     whole = {name: module._parameters.pop(name) for name in MATRICES}
     for number in range(len(whole["down_proj"])):
@@ -128,7 +129,7 @@ def _split(module: nn.Module, experts: list[nn.ModuleDict] | None = None) -> Non
     module.forward = MethodType(_forward, module)
 
 
-def _join(module: nn.Module) -> list[nn.ModuleDict]:
+def _join(module: Any) -> list[nn.ModuleDict]:
     """Replace the experts' layers by the parameters; returns what was replaced, now views of them."""
     experts: list[Any] = [module._modules.pop(str(number)) for number in range(module.num_experts)]
     for name in MATRICES:

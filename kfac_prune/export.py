@@ -17,8 +17,8 @@ from kfac_prune.objective import modules_of, side_file
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Write configuration, safetensors shards with exact zeros, and tokenizer.
 
-    Experts that were split are whole in it. No sparsity or quantisation entry is added to the configuration: servers refuse or misread them. A model with widths
-    of its own takes along the code that ``trust_remote_code=True`` runs.
+    No sparsity or quantisation entry is added to the configuration: servers refuse or misread them. Experts that were
+    split are whole again. A model with widths of its own takes along the code that ``trust_remote_code=True`` runs.
     """
     with whole_experts(model):
         model.save_pretrained(folder)

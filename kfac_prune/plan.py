@@ -84,8 +84,8 @@ def experts_told(plan: Plan, idle: Sequence[str]) -> str:
         a, g = (sorted(x) for x in zip(*((one.shrinkage_a, one.shrinkage_g) for one in few), strict=True))
         lines.append(
             f"{len(few)} layers of experts saw {counts[0]:,} to {counts[-1]:,} tokens (median "
-            f"{counts[len(few) // 2]:,}); their factors are shrunk towards the identity, A by {a[0]:.2f} to {a[-1]:.2f}, "
-            f"G by {g[0]:.2f} to {g[-1]:.2f}"
+            f"{counts[len(few) // 2]:,}); their factors are shrunk towards the identity, A by "
+            f"{a[0]:.2f} to {a[-1]:.2f}, G by {g[0]:.2f} to {g[-1]:.2f}"
         )
     if idle:
         lines.append(f"left dense, since no token of the calibration text was routed to them: {', '.join(idle)}")

@@ -205,8 +205,8 @@ def dense_pass(
     """One pass through a dense block.
 
     Returns:
-        Names of the layers in the order of execution, with all experts at the end; the stream after every writer, [writer][batch] of [B, T, d], and
-        after the block, all on the shelf of the stack.
+        Names of the layers in the order of execution, with all experts at the end; the stream after every writer,
+        [writer][batch] of [B, T, d], and after the block, all on the shelf of the stack.
     """
     goals: list[list[Tensor]] = [[] for _ in writers]
     after = []

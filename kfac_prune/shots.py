@@ -180,7 +180,9 @@ def kl_gradient(
             with torch.enable_grad():
                 q = objective.compared(objective.output(model, ids, mask), mask)
                 divergence = objective.divergence(p, q).sum()
-            found = torch.autograd.grad(divergence, parameters, allow_unused=True, materialize_grads=True)  # idle experts
+            found = torch.autograd.grad(
+                divergence, parameters, allow_unused=True, materialize_grads=True
+            )  # idle experts
             for total, gradient in zip(sums, found, strict=True):
                 total += gradient
             units += len(q)

@@ -145,8 +145,8 @@ def estimate_factors(
     The Fisher is the true one by default: labels are sampled (with replacement) from the model's own predictions at
     every position, so that it is the Hessian of KL(dense‖pruned) at the dense model (Martens & Grosse 2015; Kunstner
     et al. 2019 on why not the data's labels). Gradients are those of the loss summed over a sequence. No parameter
-    gradient is stored. Several processes share out the windows, and each has the sums of all. Experts see a share of the
-    tokens each, and their factors are shrunk as far as that makes them uncertain (``few_tokens``).
+    gradient is stored. Several processes share out the windows, and each has the sums of all. An expert sees a share of
+    the tokens, and its factors are shrunk as far as that makes them uncertain (``few_tokens``).
 
     Args:
         model: a transformer with the objective's head; its training mode and ``requires_grad`` flags are as before
