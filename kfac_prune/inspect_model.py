@@ -110,7 +110,5 @@ def coverage(model: PreTrainedModel, layers: Sequence[Layer]) -> str:
     )
     stacked = sum(p.numel() for _, p in rest if p.ndim > 2)
     if stacked:
-        text += (
-            f" Tensors of three or more dimensions (experts, convolutions), never pruned, hold {stacked / total:.1%}."
-        )
+        text += f" Tensors of three or more dimensions (convolutions, experts of another form) among them hold {stacked / total:.1%}."
     return text
