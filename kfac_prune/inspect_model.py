@@ -110,5 +110,6 @@ def coverage(model: PreTrainedModel, layers: Sequence[Layer]) -> str:
     )
     stacked = sum(p.numel() for _, p in rest if p.ndim > 2)
     if stacked:
-        text += f" Tensors of three or more dimensions (convolutions, experts of another form) among them hold {stacked / total:.1%}."
+        kinds = "convolutions, experts as they are stored"
+        text += f" Tensors of three or more dimensions ({kinds}) among them hold {stacked / total:.1%}."
     return text

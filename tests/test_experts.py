@@ -1,6 +1,7 @@
 """Experts as linear layers: the same function and checkpoint, their curvature, few tokens or none, whole runs."""
 
 import copy
+import dataclasses
 import json
 import random
 import re
@@ -401,7 +402,8 @@ def pruned(*options):
     "options",
     [
         ("--sparsity", "0.5"),
-        ("--sparsity", "0.5", "--reconstruct", "0", "--shots", "2", "--offload"),
+        ("--sparsity", "0.5", "--reconstruct", "0", "--shots", "2"),
+        ("--sparsity", "0.5", "--reconstruct", "1", "--offload"),
         ("--pattern", "2:4", "--permute"),
         ("--sparsity", "0.5", "--method", "ek-fac", "--allocation", "uniform"),
         ("--sparsity", "0.5", "--method", "llm-surgeon", "--reconstruct", "1", "--recover-epochs", "1"),
@@ -428,6 +430,24 @@ def test_by_the_command_line(here, options, capsys):
         assert 0.3 < zeros < 0.7
     assert main(["eval", "out", "--dense", "model", *SMALL[:4], "--eval-samples", "8"]) == 0
     assert re.search(r"sparsity of linear layers +(50\.|49\.9)", capsys.readouterr().out)
+
+
+def test_an_expert_without_tokens_is_named_and_stays(here, monkeypatch, capsys):
+    names = [f"model.layers.1.mlp.experts.3.{matrix}" for matrix in ("gate_up_proj", "down_proj")]
+
+    def estimated(*arguments, **options):
+        found = estimate_factors(*arguments, **options)
+        return dataclasses.replace(found, layers={n: f for n, f in found.layers.items() if n not in names})
+
+    monkeypatch.setattr(pipeline, "estimate_factors", estimated)
+    record = pruned("--sparsity", "0.5", "--reconstruct", "1", "--recover-epochs", "1")
+    assert record["experts_without_tokens"] == names
+    assert not set(names) & record["layers"].keys()
+    said = capsys.readouterr()
+    assert f"no token of the calibration text was routed to them: {', '.join(names)}" in said.out + said.err
+    before, after = (load(folder).model.layers[1].mlp.experts for folder in ("model", "out"))
+    assert torch.equal(after.down_proj[3], before.down_proj[3])
+    assert not torch.equal(after.down_proj[2], before.down_proj[2])
 
 
 def test_resumed(here, monkeypatch, capsys):
