@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kfac_prune.curvature.factors import Factors
     from kfac_prune.data import Windows, load_windows
     from kfac_prune.errors import InputError
+    from kfac_prune.experts import split_experts
     from kfac_prune.export import save_model
     from kfac_prune.models import load, load_model, load_tokenizer, prunable_layers
     from kfac_prune.obs import NM
@@ -61,6 +62,7 @@ _HOME = {
     "refit": "refitting",
     "run": "pipeline",
     "save_model": "export",
+    "split_experts": "experts",
     "weights_target": "structure.prune",
 }
 
@@ -90,6 +92,7 @@ __all__ = [
     "refit",
     "run",
     "save_model",
+    "split_experts",
     "weights_target",
 ]
 

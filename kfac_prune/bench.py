@@ -108,8 +108,9 @@ class Bench:
     def curves(self) -> dict[str, LossCurve]:
         """Loss curves of all layers."""
         factors = self.factors
+        layers = [layer for layer in self.layers if layer.name in factors.layers]
         with timed(self.seconds, "curves"):
-            return loss_curves(self.layers, factors, damping=self.damping, quiet=self.quiet)
+            return loss_curves(layers, factors, damping=self.damping, quiet=self.quiet)
 
     @cached_property
     def dense(self) -> Quality:
@@ -160,7 +161,7 @@ class Bench:
         """
         factors, model = self.factors, copy.deepcopy(self.model)
         seconds: dict[str, float] = {}
-        names = {layer.name for layer in self.layers}
+        names = {layer.name for layer in self.layers} & factors.layers.keys()  # experts without tokens are left
         layers = [layer for layer in prunable_layers(model) if layer.name in names]
         if permute:
             assert pattern is not None

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kfac_prune import pruned_model
+from kfac_prune.experts import whole_experts
 from kfac_prune.models import load
 from kfac_prune.objective import modules_of, side_file
 
@@ -16,10 +17,11 @@ from kfac_prune.objective import modules_of, side_file
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Write configuration, safetensors shards with exact zeros, and tokenizer.
 
-    No sparsity or quantisation entry is added to the configuration: servers refuse or misread them. A model with widths
-    of its own takes along the code that ``trust_remote_code=True`` runs.
+    No sparsity or quantisation entry is added to the configuration: servers refuse or misread them. Experts that were
+    split are whole again. A model with widths of its own takes along the code that ``trust_remote_code=True`` runs.
     """
-    model.save_pretrained(folder)
+    with whole_experts(model):
+        model.save_pretrained(folder)
     if hasattr(model.config, "pruned_shapes"):
         code = Path(pruned_model.__file__).read_text(encoding="utf-8")
         base = type(model).__name__.removeprefix("Pruned")
@@ -48,13 +50,15 @@ def verify_saved(model: PreTrainedModel, folder: Path, *, trust_remote_code: boo
         RuntimeError: it differs; names the tensor.
     """
     reloaded = load(folder, dtype=model.dtype, trust_remote_code=trust_remote_code)
-    here, there = model.state_dict(), reloaded.state_dict()
+    with whole_experts(model):
+        here, pairs = model.state_dict(), _tied_pairs(model)
+    there = reloaded.state_dict()
     if here.keys() != there.keys():
         raise RuntimeError(f"the saved model in {folder} has other tensors: {sorted(here.keys() ^ there.keys())[:5]}")
     for name, tensor in here.items():
         if not torch.equal(tensor.cpu(), there[name].cpu()):
             raise RuntimeError(f"the saved model in {folder} differs in {name} after reloading")
-    if _tied_pairs(model) != _tied_pairs(reloaded):
+    if pairs != _tied_pairs(reloaded):
         raise RuntimeError(f"the saved model in {folder} has lost a tie between input and output embeddings")
 
 

@@ -23,6 +23,7 @@ from kfac_prune.data import (
     token_stream,
 )
 from kfac_prune.errors import InputError
+from kfac_prune.experts import split_experts
 from kfac_prune.models import Layer, context_length, load_model, load_tokenizer, prunable_layers, reason
 from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.offload import offload
@@ -70,6 +71,8 @@ def load_inputs(recipe: Recipe, objective: Objective, echo: Callable[[str], None
         device="cpu" if recipe.offload else recipe.device,
         trust_remote_code=recipe.trust_remote_code,
     )
+    if not recipe.structured:  # experts lose weights, not units
+        split_experts(model)
     if recipe.offload:
         offload(model, torch.device(recipe.device))
     check_tokens(model, calibration, held_out)

@@ -8,6 +8,7 @@ from accelerate import init_empty_weights
 from transformers import PreTrainedModel
 
 from kfac_prune.errors import InputError
+from kfac_prune.experts import ExpertLinear, split_experts
 from kfac_prune.models import LOADERS, Layer, class_with_own_widths, head_of, load_config, prunable_layers, reason
 from kfac_prune.structure.groups import FfnUnits, Group, find_ffn, find_heads, saving
 from kfac_prune.structure.shrink import accepted_heads
@@ -38,6 +39,7 @@ def describe(
         model.tie_weights()
     except Exception as error:  # settings that do not fit together raise what each model's code happens to raise
         raise InputError(f"{source}/config.json gives no model: {reason(error)}") from error
+    split_experts(model)
     layers = prunable_layers(model, include, ignore)
     width = max(len(layer.name) for layer in layers)
     lines = [f"{'layer':{width}}  {'out x in':>13}  {'weights':>12}  bias  {'2:4 fits':>8}"]
@@ -47,7 +49,11 @@ def describe(
             f"{layer.name:{width}}  {f'{out_features} x {in_features}':>13}  {out_features * in_features:>12,}  "
             f"{'yes' if layer.bias is not None else 'no':4}  {'yes' if in_features % 4 == 0 else 'no':>8}"
         )
-    return "\n".join([*lines, coverage(model, layers), "", structure(model, layers)])
+    plain = [layer for layer in layers if not isinstance(layer.module, ExpertLinear)]
+    groups = structure(model, plain)
+    if len(plain) < len(layers):
+        groups += "\nexperts lose weights by unstructured and n:m pruning, and no units"
+    return "\n".join([*lines, coverage(model, layers), "", groups])
 
 
 def structure(model: PreTrainedModel, layers: Sequence[Layer]) -> str:
@@ -104,7 +110,6 @@ def coverage(model: PreTrainedModel, layers: Sequence[Layer]) -> str:
     )
     stacked = sum(p.numel() for _, p in rest if p.ndim > 2)
     if stacked:
-        text += (
-            f" Tensors of three or more dimensions (experts, convolutions), never pruned, hold {stacked / total:.1%}."
-        )
+        kinds = "convolutions, experts as they are stored"
+        text += f" Tensors of three or more dimensions ({kinds}) among them hold {stacked / total:.1%}."
     return text

@@ -6,6 +6,7 @@ from typing import Any
 
 from kfac_prune.config import Recipe
 from kfac_prune.errors import InputError
+from kfac_prune.experts import split_experts
 from kfac_prune.inputs import check_runs, check_tokens, evaluation_windows, resolve_device, vocabulary_size
 from kfac_prune.models import load_config, load_model, load_tokenizer, prunable_layers
 from kfac_prune.objective import CAUSAL, find_objective
@@ -50,6 +51,7 @@ def measure(recipe: Recipe, *, dense_source: str | None = None, quiet: bool = Tr
     dense = load_model(dense_source, **options) if dense_source is not None else None
     for one in (model, dense):
         if one is not None:
+            split_experts(one)
             check_tokens(one, windows)
             check_runs(one, windows, objective)
     if dense is not None and vocabulary_size(dense) != vocabulary_size(model):

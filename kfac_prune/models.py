@@ -31,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file
 
 from kfac_prune.errors import InputError, shown
+from kfac_prune.experts import routers
 from kfac_prune.pruned_model import with_own_widths
 
 #: What a model ends in, told by the name of its architecture.
@@ -145,7 +146,7 @@ def only_trained(module: nn.Module, parameters: Iterable[nn.Parameter]) -> Itera
 
 
 def prunable_layers(model: PreTrainedModel, include: Sequence[str] = (), ignore: Sequence[str] = ()) -> list[Layer]:
-    """Every linear layer of the model but its head, filtered by shell patterns on the names.
+    """Every linear layer of the model but its head and routers, filtered by shell patterns on the names.
 
     Args:
         model: a transformers model.
@@ -157,7 +158,7 @@ def prunable_layers(model: PreTrainedModel, include: Sequence[str] = (), ignore:
     """
     head = model.get_output_embeddings() or _classifier(model)
     embedded = model.get_input_embeddings()
-    tied = {id(m.weight) for m in (head, embedded) if m is not None and hasattr(m, "weight")}
+    tied = {id(m.weight) for m in (head, embedded, *routers(model)) if m is not None and hasattr(m, "weight")}
     layers: list[Layer] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and module is not head and id(module.weight) not in tied:

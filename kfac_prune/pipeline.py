@@ -18,6 +18,7 @@ from kfac_prune.config import BASELINES, SEQUENCE_METHODS, Recipe, parse_pattern
 from kfac_prune.curvature.estimate import estimate_factors, participants
 from kfac_prune.curvature.factors import Factors
 from kfac_prune.curvature.sequences import SequenceFisher, check_memory
+from kfac_prune.errors import InputError
 from kfac_prune.export import save_model, save_side_files, verify_saved
 from kfac_prune.inputs import resolve_device
 from kfac_prune.job import Job, Outcome, begin
@@ -25,7 +26,7 @@ from kfac_prune.models import Layer, head_of, prunable_layers
 from kfac_prune.obs import NM
 from kfac_prune.operators import Damping
 from kfac_prune.permute import Permuted, permute_model
-from kfac_prune.plan import make_plan, prune
+from kfac_prune.plan import experts_told, make_plan, prune
 from kfac_prune.probe import Probe
 from kfac_prune.quality import evaluate
 from kfac_prune.reconstruction import Reconstructed, Reconstruction, reconstruct_sparse, table
@@ -135,6 +136,9 @@ def _planned(job: Job, estimate: Callable[[], Factors], pattern: NM | None, damp
         check_memory(method, layers, job.calibration, job.objective)
     with stages("curvature"):
         factors = estimate()
+    layers = [layer for layer in layers if layer.name in factors.layers]  # experts without tokens are left
+    if not layers:
+        raise InputError("no token of the calibration text is routed to the chosen experts; add --samples, or others")
     permuted: list[Permuted] = []
     if recipe.permute:
         assert pattern is not None
@@ -211,7 +215,12 @@ def _mask(job: Job) -> Outcome:
     pattern, damping = NM(*groups) if groups else None, Damping(recipe.damping)
     planned = _planned(job, estimate, pattern, damping)
     plan, factors = planned.plan, planned.factors
+    chosen = {layer.name for layer in plan.layers}
+    idle = [layer.name for layer in layers if layer.name not in chosen]
+    layers = [layer for layer in layers if layer.name in chosen]
     job.echo(plan.table(job.objective.unit))
+    if told := experts_told(plan, idle):
+        job.echo(told)
     with stages("measure dense"):
         dense_quality = evaluate(model, job.held_out, label="dense", **measured)
     dense = prune(layers, plan)
@@ -251,12 +260,12 @@ def _mask(job: Job) -> Outcome:
             )
         job.echo(table(reconstructed))
     masks = {layer.name: layer.mask for layer in plan.layers}
-    recovery = _recover(job, model, [x for x in layers if x.name in masks], dense.swapped_in, masks)
+    recovery = _recover(job, model, layers, dense.swapped_in, masks)
     with stages("measure pruned"):
         pruned_quality = evaluate(model, job.held_out, dense=dense.swapped_in, label="pruned", **measured)
     covered = sum(layer.mask.numel() for layer in plan.layers) / model.num_parameters()
     record = plan_record(plan, planned.permuted, refitted, corrected, reconstructed, covered)
-    return Outcome(model, dense_quality, pruned_quality, record | recovery)
+    return Outcome(model, dense_quality, pruned_quality, record | {"experts_without_tokens": idle} | recovery)
 
 
 def _shrink(job: Job) -> Outcome:

@@ -62,11 +62,35 @@ class Plan:
             shape = f"{layer.mask.shape[0]} x {layer.mask.shape[1]}"
             notes = [f"damping of {r.factor} raised to {r.relative:g}" for r in layer.damping if r.raised]
             notes += [] if layer.groups_fit else ["width is no multiple of m, its last group is shorter"]
+            if (few := layer.few) is not None:
+                shrunk = f"A and G shrunk by {few.shrinkage_a:.2f} and {few.shrinkage_g:.2f}"
+                notes.append(f"{few.tokens:,} tokens, {few.share:.1%}; {shrunk}")
             note = f"  ({'; '.join(notes)})" if notes else ""
             lines.append(f"{layer.name:{width}}  {shape:>13}  {layer.sparsity:8.1%}  {layer.predicted:.6f}{note}")
         weights = sum(layer.mask.numel() for layer in self.layers)
         lines.append(f"{'total':{width}}  {f'{weights:,}':>13}  {self.sparsity:8.1%}  {self.predicted:.6f}")
         return "\n".join(lines)
+
+
+def experts_told(plan: Plan, idle: Sequence[str]) -> str:
+    """How many tokens the experts saw, and which of them none; empty where there are no experts.
+
+    Args:
+        plan: of all layers with curvature.
+        idle: names of the experts' layers that saw no token and stay dense.
+    """
+    lines = []
+    if few := [layer.few for layer in plan.layers if layer.few is not None]:
+        counts = sorted(one.tokens for one in few)
+        a, g = (sorted(x) for x in zip(*((one.shrinkage_a, one.shrinkage_g) for one in few), strict=True))
+        lines.append(
+            f"{len(few)} layers of experts saw {counts[0]:,} to {counts[-1]:,} tokens (median "
+            f"{counts[len(few) // 2]:,}); their factors are shrunk towards the identity, A by "
+            f"{a[0]:.2f} to {a[-1]:.2f}, G by {g[0]:.2f} to {g[-1]:.2f}"
+        )
+    if idle:
+        lines.append(f"left dense, since no token of the calibration text was routed to them: {', '.join(idle)}")
+    return "\n".join(lines)
 
 
 def make_plan(
@@ -267,7 +291,10 @@ def _cheapest(layers: Sequence[Layer], planned: Sequence[PlannedLayer], target: 
     """Those pruned layers that together remove a number of weights at the least predicted loss; the others dense."""
     taken = least_subset([int((~p.mask).sum()) for p in planned], [p.predicted for p in planned], target)
     assert taken is not None
-    return [made if pruned else _dense(layer) for layer, made, pruned in zip(layers, planned, taken, strict=True)]
+    return [
+        made if pruned else replace(_dense(layer), few=made.few)
+        for layer, made, pruned in zip(layers, planned, taken, strict=True)
+    ]
 
 
 def _dense(layer: Layer) -> PlannedLayer:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from kfac_prune import ranks
 from kfac_prune.baselines import alps, sparsegpt, wanda
 from kfac_prune.curvature.factors import Factors, Method
+from kfac_prune.curvature.few_tokens import FewTokens
 from kfac_prune.curvature.sequences import STATISTICS, SequenceFisher, SequenceMethod
 from kfac_prune.models import Layer
 from kfac_prune.obs import NM, THOROUGH, AdmmSchedule, Pattern, Unstructured, solve
@@ -41,6 +42,7 @@ class PlannedLayer:
         damping: what was added to the factors.
         groups_fit: False where an n:m pattern does not divide the width: the last group is shorter than m, and
             hardware that needs whole groups cannot use the layer.
+        few: of an expert, its share of the tokens and how its factors were shrunk; None for any other layer.
     """
 
     name: str
@@ -51,6 +53,7 @@ class PlannedLayer:
     kkt: float | None
     damping: tuple[DampingRecord, ...]
     groups_fit: bool = True
+    few: FewTokens | None = None
 
     @property
     def sparsity(self) -> float:
@@ -65,14 +68,18 @@ class PlannedLayer:
     def figures(self) -> dict[str, Any]:
         """All else, as JSON can hold it."""
         damping = [asdict(record) for record in self.damping]
-        return {"predicted": self.predicted, "kkt": self.kkt, "groups_fit": self.groups_fit, "damping": damping}
+        few = None if self.few is None else asdict(self.few)
+        own = {"predicted": self.predicted, "kkt": self.kkt, "groups_fit": self.groups_fit}
+        return own | {"damping": damping, "few": few}
 
     @classmethod
     def restored(cls, layer: Layer, tensors: Mapping[str, Tensor], figures: Mapping[str, Any]) -> PlannedLayer:
         """What ``tensors`` and ``figures`` told of a layer, on its device."""
         there = {name: tensor.to(layer.weight.device) for name, tensor in tensors.items()}
         damping = tuple(DampingRecord(**record) for record in figures["damping"])
-        return cls(layer.name, there["weight"], there.get("bias"), there["mask"], **{**figures, "damping": damping})
+        few = None if figures["few"] is None else FewTokens(**figures["few"])
+        whole: dict[str, Any] = {**figures, "damping": damping, "few": few}
+        return cls(layer.name, there["weight"], there.get("bias"), there["mask"], **whole)
 
 
 @dataclass(frozen=True)
@@ -192,6 +199,7 @@ class Problems:
             predicted=quadratic_loss(fisher, change) + statistics.bias_loss(change, shift),
             kkt=None,
             damping=(),
+            few=statistics.few,
         )
 
 
@@ -239,7 +247,7 @@ def agreed(made: PlannedLayer | None, layer: Layer, source: int = 0) -> PlannedL
         mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
         made = PlannedLayer(layer.name, torch.empty_like(weight), layer.bias, mask, 0.0, None, ())
     assert made is not None
-    predicted, kkt, damping, fit = ranks.told((made.predicted, made.kkt, made.damping, made.groups_fit), source)
+    told = ranks.told((made.predicted, made.kkt, made.damping, made.groups_fit, made.few), source)
     bias = None if made.bias is None else ranks.sent(made.bias.clone(), source)
     weight, mask = ranks.sent(made.weight, source), ranks.sent(made.mask, source)
-    return PlannedLayer(layer.name, weight, bias, mask, predicted, kkt, damping, fit)
+    return PlannedLayer(layer.name, weight, bias, mask, *told)

@@ -326,7 +326,8 @@ class _Problem:
         """Leave the gradient of one step's objective, zero off the masks, with the float32 copies."""
         with approximately(self.part.trained):
             total, tokens = self._loss(batch)
-            gradients = torch.autograd.grad(total, self.parameters)
+            # an expert that no token of the batch reaches has no gradient
+            gradients = torch.autograd.grad(total, self.parameters, allow_unused=True, materialize_grads=True)
         (everywhere,) = ranks.summed(total.new_tensor(tokens))
         for master, gradient, mask in zip(masters, ranks.summed(*gradients), self._masks, strict=True):
             gradient = gradient.float() / everywhere

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from kfac_prune import ranks
 from kfac_prune.curvature.factors import Factors
 from kfac_prune.data import Windows
+from kfac_prune.experts import ExpertLinear
 from kfac_prune.linalg import inverse_from_cholesky, shifted
 from kfac_prune.models import Layer
 from kfac_prune.obs import Pattern, Unstructured, compensate, select
@@ -204,8 +205,8 @@ def dense_pass(
     """One pass through a dense block.
 
     Returns:
-        Names of the layers in the order of execution; the stream after every writer, [writer][batch] of [B, T, d], and
-        after the block, all on the shelf of the stack.
+        Names of the layers in the order of execution, with all experts at the end; the stream after every writer,
+        [writer][batch] of [B, T, d], and after the block, all on the shelf of the stack.
     """
     goals: list[list[Tensor]] = [[] for _ in writers]
     after = []
@@ -216,7 +217,8 @@ def dense_pass(
                 written = seen[writer.layer.name][1].to(stream.device)
                 stream = stream + writer.factor * written.reshape(stream.shape)
                 goal.append(stack.keep(stream))
-    return list(seen), goals, after
+    experts = [layer.name for layer in layers if isinstance(layer.module, ExpertLinear)]  # run or not, by the batch
+    return [name for name in seen if name not in experts] + experts, goals, after
 
 
 def _moments(

@@ -162,6 +162,7 @@ def plan_record(
                 "kkt_residual": layer.kkt,
                 "damping": [asdict(record) for record in layer.damping],
                 "groups_fit": layer.groups_fit,
+                **({} if layer.few is None else {"expert": asdict(layer.few)}),
             }
             for layer in plan.layers
         },

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,11 +142,13 @@ def correct(
     for number in tqdm(range(1, corrections + 1), desc="shots", unit="shot", disable=quiet):
         factors = estimate_factors(model, layers, fit, fisher=fisher, seed=seed + number, **options)
         gradients = kl_gradient(model, layers, fit, dense, **options)
-        problems = [
+        problems = [  # an expert that the pruned model sends no token to stays as it is
             _Problem(layer, factors.layers[layer.name], gradient, damping or Damping())
+            if layer.name in factors.layers
+            else None
             for layer, gradient in zip(layers, gradients, strict=True)
         ]
-        step, moved = _searched(problems, present, pattern, lambda: kl(few))
+        step, moved = _searched(layers, problems, present, pattern, lambda: kl(few))
         _assign(layers, moved)
         after = kl(held_out) if step else best
         better = after < best
@@ -179,7 +182,10 @@ def kl_gradient(
             with torch.enable_grad():
                 q = objective.compared(objective.output(model, ids, mask), mask)
                 divergence = objective.divergence(p, q).sum()
-            for total, gradient in zip(sums, torch.autograd.grad(divergence, parameters), strict=True):
+            found = torch.autograd.grad(
+                divergence, parameters, allow_unused=True, materialize_grads=True
+            )  # idle experts
+            for total, gradient in zip(sums, found, strict=True):
                 total += gradient
             units += len(q)
     everywhere = sum(ranks.gathered(units))
@@ -241,13 +247,21 @@ class _Problem:
 
 
 def _searched(
-    problems: Sequence[_Problem], present: list[PlannedLayer], pattern: Pattern | None, kl: Callable[[], float]
+    layers: Sequence[Layer],
+    problems: Sequence[_Problem | None],
+    present: list[PlannedLayer],
+    pattern: Pattern | None,
+    kl: Callable[[], float],
 ) -> tuple[float, list[PlannedLayer]]:
     """The best fraction of the Newton step and its layers; 0 and the present ones where none is better."""
-    layers = [problem.layer for problem in problems]
     least, best, kept = kl(), 0.0, present
+
+    def stepped(number: int, fraction: float) -> PlannedLayer:
+        problem = problems[number]
+        return present[number] if problem is None else problem.solve(fraction, present[number], pattern)
+
     for fraction in STEPS:
-        moved = solved(layers, lambda i: problems[i].solve(fraction, present[i], pattern), label="solve")  # noqa: B023
+        moved = solved(layers, partial(stepped, fraction=fraction), label="solve")
         _assign(layers, moved)
         found = kl()
         if found < least:

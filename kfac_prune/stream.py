@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from kfac_prune import ranks
 from kfac_prune.data import Windows
+from kfac_prune.experts import ExpertLinear
 from kfac_prune.memory import mapped
 from kfac_prune.models import Layer, find_blocks, prunable_layers
 
@@ -209,7 +210,8 @@ def find_writers(stack: BlockStack, block: int, stream: Tensor, layers: Sequence
         layers: those of the block.
     """
     width = stream.shape[-1]
-    candidates = {layer.name: layer for layer in layers if layer.shape[0] == width}
+    plain = [layer for layer in layers if not isinstance(layer.module, ExpertLinear)]  # those that see all tokens
+    candidates = {layer.name: layer for layer in plain if layer.shape[0] == width}
     with torch.no_grad(), observed(list(candidates.values())) as seen:
         added = (stack.run(block, 0, stream).cpu() - stream).double().reshape(-1)
     found = ranks.told(_summands({name: output for name, (_, output) in seen.items()}, added, stream.dtype))

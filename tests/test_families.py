@@ -16,12 +16,14 @@ from transformers import (
     MambaConfig,
     MixtralConfig,
     ModernBertConfig,
+    Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
 from transformers.pytorch_utils import Conv1D
 
 from kfac_prune.curvature.estimate import estimate_factors
 from kfac_prune.data import Windows
+from kfac_prune.experts import split_experts
 from kfac_prune.export import save_model, verify_saved
 from kfac_prune.inputs import called_layers, reached_layers
 from kfac_prune.inspect_model import coverage, describe
@@ -47,6 +49,7 @@ MODELS = {
     "gemma3": text(lambda: Gemma3TextConfig(**GROUPED)),
     "falcon": text(lambda: FalconConfig(**TEXT, **BLOCKS, num_attention_heads=4, ffn_hidden_size=40)),
     "mixtral": text(lambda: MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2)),
+    "qwen2_moe": text(lambda: Qwen2MoeConfig(**GROUPED, **EXPERTS, shared_expert_intermediate_size=24)),
     "qwen3_moe": text(lambda: Qwen3MoeConfig(**GROUPED, **EXPERTS)),
     "mamba": text(lambda: MambaConfig(vocab_size=48, **BLOCKS, state_size=4, time_step_rank=4, **IDS)),
     "modernbert": text(lambda: ModernBertConfig(**SMALL, cls_token_id=0, sep_token_id=1), BERT.auto),
@@ -59,13 +62,14 @@ MODELS = {
 #: biases, and what EXTRA names.
 COVERED = {
     "llama": 0.792, "mistral": 0.792, "qwen2": 0.785, "qwen3": 0.791, "gemma2": 0.871, "gemma3": 0.869,
-    "phi3": 0.792, "opt": 0.798, "gpt2": 0.801, "gpt_neox": 0.747, "falcon": 0.838, "mixtral": 0.119,
-    "qwen3_moe": 0.174, "mamba": 0.752, "bert": 0.389, "vit": 0.614, 
+    "phi3": 0.792, "opt": 0.798, "gpt2": 0.801, "gpt_neox": 0.747, "falcon": 0.838, "mixtral": 0.910,
+    "qwen2_moe": 0.885, "qwen3_moe": 0.868, "mamba": 0.752, "bert": 0.389, "vit": 0.614, 
     "modernbert": 0.891, "llama-classes": 0.875, "bert-classes": 0.803, "bert-encoder": 0.366,
 }  # fmt: skip
 EXTRA = {
-    "mixtral": r"mlp\.experts\.(gate_up|down)_proj|mlp\.gate\.weight",
-    "qwen3_moe": r"mlp\.experts\.(gate_up|down)_proj|mlp\.gate\.weight",
+    "mixtral": r"mlp\.gate\.weight",
+    "qwen2_moe": r"mlp\.gate\.weight",
+    "qwen3_moe": r"mlp\.gate\.weight",
     "mamba": r"mixer\.(A_log|conv1d\.weight|dt_proj\.weight)",
     "bert-encoder": r"pooler\.dense\.weight",
 }
@@ -104,6 +108,7 @@ class Subject:
 def subject(request, tmp_path_factory):
     name = request.param
     model, folder, told = random_model(MODELS[name]), tmp_path_factory.mktemp(name), []
+    split_experts(model)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if name == "vit":
@@ -136,7 +141,7 @@ def test_the_share_that_is_covered(subject):
     said = coverage(model, subject.layers)
     assert f"({share:.1%})" in said
     if name != "vit":
-        assert ("three or more dimensions" in said) == (name in ("mixtral", "qwen3_moe", "mamba"))
+        assert ("three or more dimensions" in said) == (name == "mamba")
     assert [line.split(":")[0] for line in subject.told] == {
         "mamba": ["left dense, since MambaForCausalLM uses their weights without calling them"],
         "bert-encoder": ["left dense, since the objective embedding does not depend on them"],
@@ -144,7 +149,9 @@ def test_the_share_that_is_covered(subject):
 
 
 @pytest.mark.parametrize(
-    "subject", ["gemma3", "falcon", "mixtral", "qwen3_moe", "mamba", "modernbert", "bert-classes"], indirect=True
+    "subject",
+    ["gemma3", "falcon", "mixtral", "qwen2_moe", "qwen3_moe", "mamba", "modernbert", "bert-classes"],
+    indirect=True,
 )
 def test_inspect_lists_what_is_covered(subject):
     said = describe(str(subject.folder))
@@ -183,6 +190,7 @@ def test_pruned_saved_and_reloaded(subject, pattern, tmp_path):
         if pattern is not None:  # which loads it too
             verify_saved(model, tmp_path)
         reloaded = load(tmp_path).eval()
+        split_experts(reloaded)
         after = outputs(model, subject)
         assert torch.equal(after, outputs(reloaded, subject))
     finally:

@@ -21,7 +21,7 @@ LAYERS = (
     ("reference_pcg",),
     ("kernels", "ranks"),
     ("backend",),
-    ("config", "linalg", "data", "store", "pruned_model"),
+    ("config", "linalg", "data", "store", "pruned_model", "experts"),
     ("models", "fisher", "protocol", "recipe_file"),
     ("objective", "products"),
     ("quality",),

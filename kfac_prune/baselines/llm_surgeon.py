@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kfac_prune.curvature.factors import Factors
+from kfac_prune.curvature.factors import Factors, LayerFactors
 from kfac_prune.models import Layer
 from kfac_prune.obs import NM, Pattern, Unstructured, compensate, project_together, saliency
 from kfac_prune.operators import Damping
@@ -50,10 +50,12 @@ def llm_surgeon(
     masks = {layer.name: torch.ones_like(layer.weight, dtype=torch.bool) for layer in layers}
     if pattern is not None:
         shots = min(shots, pattern.m - pattern.n)
+    known: dict[str, LayerFactors] = {}  # an expert that the pruned model sends no token to keeps those it had
     for shot in range(1, shots + 1):
-        factors, operators, scores = estimate(), {}, {}
+        known |= estimate().layers
+        operators, scores = {}, {}
         for layer in layers:
-            operator, _ = factors.layers[layer.name].operator("kfac", damping, where=layer.name)
+            operator, _ = known[layer.name].operator("kfac", damping, where=layer.name)
             operators[layer.name] = operator
             found = saliency(layer.weight.to(torch.float32), operator)
             scores[layer.name] = found.masked_fill(~masks[layer.name], -1.0)  # what has fallen falls first
@@ -66,7 +68,7 @@ def llm_surgeon(
             chosen = {name: due.project(score) for name, score in scores.items()}
         for layer in layers:
             mask = masks[layer.name] = masks[layer.name] & chosen[layer.name]
-            weight, statistics = layer.weight.to(torch.float32), factors.layers[layer.name]
+            weight, statistics = layer.weight.to(torch.float32), known[layer.name]
             new = compensate(weight, operators[layer.name], mask).weight
             shift = None if layer.bias is None else layer.bias + statistics.bias_update(new - weight)
             layer.assign(new, shift)

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kfac_prune import ranks
 from kfac_prune.errors import InputError
+from kfac_prune.experts import tokens_of
 from kfac_prune.models import Layer
 from kfac_prune.offload import running_again
 
@@ -154,7 +155,7 @@ class FactorCapture:
         name = layer.name
 
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self._see_input(name, args[0])
+            self._see_input(name, args[0], tokens_of(module))
 
         return [layer.module.register_forward_pre_hook(before), layer.module.register_forward_hook(self._watch(name))]
 
@@ -166,11 +167,12 @@ class FactorCapture:
             if not output.requires_grad:
                 kind = "block" if name in self.blocks else "layer"
                 raise RuntimeError(f"{kind} {name}: no gradient flows to its output; the model detaches activations")
-            output.register_hook(lambda gradient: self._see_gradient(name, gradient))
+            tokens = tokens_of(module)
+            output.register_hook(lambda gradient: self._see_gradient(name, gradient, tokens))
 
         return after
 
-    def _see_input(self, name: str, x: Tensor) -> None:
+    def _see_input(self, name: str, x: Tensor, tokens: Tensor | None) -> None:
         if running_again():
             return
         owner = None
@@ -188,12 +190,12 @@ class FactorCapture:
             return  # the owner has added these rows
         self._last = (name, x, x._version)
         with torch.no_grad():
-            self._add(self.inputs[name], self._rows(name, x))
+            self._add(self.inputs[name], self._rows(name, x, tokens))
 
-    def _see_gradient(self, name: str, gradient: Tensor) -> None:
+    def _see_gradient(self, name: str, gradient: Tensor, tokens: Tensor | None) -> None:
         if name not in self.gradients:
             self.gradients[name] = GradientMoments.zeros(gradient.shape[-1], gradient.device)
-        self._add(self.gradients[name], self._rows(name, gradient.detach()))
+        self._add(self.gradients[name], self._rows(name, gradient.detach(), tokens))
 
     def _add(self, moments: InputMoments | GradientMoments, rows: Tensor) -> None:
         """Add rows, and note on the device, where reading it would wait, whether the sums are finite still."""
@@ -204,9 +206,11 @@ class FactorCapture:
         """The first batch after which the sums were NaN or infinite."""
         return next((batch for batch, finite in self._finite.get(id(moments), []) if not finite), None)
 
-    def _rows(self, name: str, x: Tensor) -> Tensor:
-        """The rows [tokens, features] of the positions that count."""
+    def _rows(self, name: str, x: Tensor, tokens: Tensor | None) -> Tensor:
+        """The rows [tokens, features] of the positions that count; ``tokens`` says which ones x holds, None = all."""
         rows = x.detach().reshape(-1, x.shape[-1])
+        if tokens is not None and self.token_mask is not None:
+            return rows[self.token_mask.reshape(-1).to(rows.device)[tokens]]
         if self.token_mask is None or (self.per_sequence and x.ndim == 2 and len(x) == len(self.token_mask)):
             return rows
         if rows.shape[0] != self.token_mask.numel():

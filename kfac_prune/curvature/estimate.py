@@ -16,8 +16,10 @@ from transformers import PreTrainedModel
 from kfac_prune import ranks
 from kfac_prune.curvature.capture import FactorCapture, GradientMoments, InputMoments
 from kfac_prune.curvature.factors import Factors, FactorShelf, LayerFactors
+from kfac_prune.curvature.few_tokens import FewTokens, shrunk
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
+from kfac_prune.experts import ExpertLinear
 from kfac_prune.fisher import FisherType
 from kfac_prune.models import Layer, find_blocks, only_trained
 from kfac_prune.objective import CAUSAL, Objective
@@ -46,7 +48,8 @@ def estimate_factors(
     The Fisher is the true one by default: labels are sampled (with replacement) from the model's own predictions at
     every position, so that it is the Hessian of KL(dense‖pruned) at the dense model (Martens & Grosse 2015; Kunstner
     et al. 2019 on why not the data's labels). Gradients are those of the loss summed over a sequence. No parameter
-    gradient is stored. Several processes share out the windows, and each has the sums of all.
+    gradient is stored. Several processes share out the windows, and each has the sums of all. An expert sees a share of
+    the tokens, and its factors are shrunk as far as that makes them uncertain (``few_tokens``).
 
     Args:
         model: a transformer with the objective's head; its training mode and ``requires_grad`` flags are as before
@@ -100,7 +103,7 @@ def estimate_factors(
             for name in capture.blocks:
                 moments = capture.gradients[name]
                 streams[name] = moments.second / (sequences or moments.tokens)
-            found.update(_finish(group, capture, sequences))
+            found.update(_finish(group, capture, sequences, windows.tokens))
     return Factors(found, streams, tokens=windows.tokens, data_sha256=windows.sha256())
 
 
@@ -159,7 +162,10 @@ def draw_all(model: PreTrainedModel, windows: Windows, objective: Objective, see
 def participants(
     model: PreTrainedModel, layers: Sequence[Layer], windows: Windows, objective: Objective
 ) -> list[Layer]:
-    """The layers that the objective depends on, told by one window: a gradient comes back to their outputs."""
+    """The layers that the objective depends on, told by one window: a gradient comes back to their outputs.
+
+    Experts are always among them, since which of them a window reaches says nothing of others.
+    """
     first = next(windows.batches(1))
     ids = first.input_ids.to(model.device)
     mask = None if first.attention_mask is None else first.attention_mask.to(model.device)
@@ -175,7 +181,7 @@ def participants(
         for layer in layers:
             hooks.callback(layer.module.register_forward_hook(watch(layer.name)).remove)
         objective.output(model, ids, mask).sum().backward()
-    return [layer for layer in layers if layer.name in reached]
+    return [layer for layer in layers if layer.name in reached or isinstance(layer.module, ExpertLinear)]
 
 
 def bypassed(model: PreTrainedModel, layers: Sequence[Layer], windows: Windows, objective: Objective) -> list[Layer]:
@@ -209,21 +215,37 @@ def _note(names: set[str], name: str, module: nn.Module, args: tuple[Any, ...]) 
     names.add(name)
 
 
-def _finish(layers: Sequence[Layer], capture: FactorCapture, sequences: int | None) -> dict[str, LayerFactors]:
-    """Sums to means, in place, with the checks that name the layer; G to sums per sequence where there are such."""
+def _finish(
+    layers: Sequence[Layer], capture: FactorCapture, sequences: int | None, everything: int
+) -> dict[str, LayerFactors]:
+    """Sums to means, in place, with the checks that name the layer; G to sums per sequence where there are such.
+
+    An expert's factors are shrunk, and its G is of ``everything``, the tokens of the text; one that saw no token has
+    none.
+    """
+    layers = [layer for layer in layers if not isinstance(layer.module, ExpertLinear) or _tokens(layer, capture)]
     for layer in layers:
         _check(layer.name, capture)
-    for moments in {id(moments): moments for moments in capture.inputs.values()}.values():
+    shared = {id(moments): moments for moments in (capture.inputs[layer.name] for layer in layers)}
+    for moments in shared.values():
         moments.second /= moments.tokens
         moments.first /= moments.tokens
     found = {}
     for layer in layers:
         inputs, gradients = capture.inputs[layer.name], capture.gradients[layer.name]
         gradients.second /= sequences or gradients.tokens
-        found[layer.name] = LayerFactors(
-            inputs.second, inputs.first, gradients.second, inputs.tokens, has_bias=layer.bias is not None
-        )
+        a, g, few = inputs.second, gradients.second, None
+        if isinstance(layer.module, ExpertLinear):
+            share = inputs.tokens / everything
+            (a, by_a), (g, by_g) = shrunk(a, inputs.tokens), shrunk(g, gradients.tokens)
+            g, few = g if sequences else g * share, FewTokens(inputs.tokens, share, by_a, by_g)
+        found[layer.name] = LayerFactors(a, inputs.first, g, inputs.tokens, layer.bias is not None, few)
     return found
+
+
+def _tokens(layer: Layer, capture: FactorCapture) -> int:
+    """That a layer has seen."""
+    return capture.inputs[layer.name].tokens if layer.name in capture.inputs else 0
 
 
 def _check(name: str, capture: FactorCapture) -> None:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kfac_prune.curvature.few_tokens import FewTokens
 from kfac_prune.errors import InputError
 from kfac_prune.linalg import packed_triangle, unpacked_triangle
 from kfac_prune.memory import mapped
@@ -28,9 +29,11 @@ class LayerFactors:
     Attributes:
         a: E[a aᵀ] [in, in] of its inputs.
         mean: E[a] [in].
-        g: E[g gᵀ] [out, out] of the gradients, at its outputs, of the loss summed over the sequence.
+        g: E[g gᵀ] [out, out] of the gradients, at its outputs, of the loss summed over the sequence. That of an
+            expert counts tokens that it does not see as zeros, so that ``G ⊗ A`` is per token of the text.
         tokens: number of tokens averaged over.
         has_bias: the layer has a bias, which compensates too and is never pruned.
+        few: of an expert, its share of the tokens and how A and G were shrunk for it; None for any other layer.
     """
 
     a: Tensor
@@ -38,6 +41,7 @@ class LayerFactors:
     g: Tensor
     tokens: int
     has_bias: bool
+    few: FewTokens | None = None
 
     def operator(
         self, method: Method, damping: Damping, *, where: str, dtype: torch.dtype = torch.float32
@@ -103,7 +107,7 @@ class Factors:
     """The factors of all layers, and where they come from.
 
     Attributes:
-        layers: per layer name; a dictionary, or a ``FactorShelf``.
+        layers: per layer name; a dictionary, or a ``FactorShelf``; an expert that saw no token has none.
         streams: per block name, E[g gᵀ] [d, d] of the gradients at its output, the residual stream; undamped.
         tokens: calibration tokens that were seen.
         data_sha256: content hash of the calibration windows.
