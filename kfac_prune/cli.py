@@ -1,4 +1,4 @@
-"""The command line: ``kfac-prune prune | estimate | compare | eval | inspect | demo | theory``; torch loads when needed."""
+"""The command line: ``kfac-prune prune | estimate | compare | eval | inspect | demo | theory``; torch loads late."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     estimate = commands.add_parser(
         "estimate",
         help="tell time, memory and disk of a run of prune, from the model's configuration alone",
-        description="Tell the operations, seconds, peak memory and disk of every stage that prune would have with these "
+        description="Tell operations, seconds, peak memory and disk of every stage that prune would have with these "
         "options, on this device (measured for a second or two) or on a named GPU. Loads no weights and reads no text.",
     )
     estimate.add_argument("model", nargs="?", default=argparse.SUPPRESS, help=_field("model").metadata["help"])
@@ -105,10 +105,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="a GPU by name, such as h100, from a table; default: --device, measured",
     )
     estimate.add_argument("--json", metavar="FILE", help="also write the figures to this file, as JSON")
-    for name in ("data", "eval_data", "objective", "samples", "eval_samples", "seqlen", "batch_size", "sparsity",
-                 "pattern", "permute", "method", "allocation", "refit", "shots", "reconstruct", "reconstruct_unit",
-                 "streams", "include", "ignore", "device", "dtype", "offload", "max_memory",
-                 "trust_remote_code"):  # fmt: skip
+    for name in ("data", "eval_data", "separator", "objective", "samples", "eval_samples", "seqlen", "batch_size",
+                 "sparsity", "pattern", "permute", "method", "allocation", "refit", "shots", "reconstruct", "streams",
+                 "include", "ignore", "device", "dtype", "offload", "max_memory", "trust_remote_code"):  # fmt: skip
         _add_option(estimate, _field(name))
     estimate.set_defaults(run=_estimate)
 

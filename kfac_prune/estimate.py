@@ -203,16 +203,17 @@ def _stored(config: Any) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
 
 
-def _text_bytes(recipe: Recipe) -> float:
-    """Of the files that will be tokenised; 0 for what is not on this disk."""
-    sizes = []
+def _text_bytes(recipe: Recipe) -> dict[str, float]:
+    """Of the files that will be tokenised, as far as they are on this disk."""
+    sizes: dict[str, float] = {}
     for source in (recipe.data, recipe.eval_data):
         try:
             path = Path(source or "").expanduser()
-            sizes.append(min(path.stat().st_size, MAX_TEXT_BYTES) if path.is_file() else 0)
+            if path.is_file():
+                sizes[str(path)] = float(min(path.stat().st_size, MAX_TEXT_BYTES))
         except (OSError, RuntimeError) as error:
             raise InputError(f"{source} cannot be looked at: {error}") from error
-    return float(sum(sizes))
+    return sizes
 
 
 def write_record(found: Estimate, file: str) -> None:
@@ -249,7 +250,7 @@ def _notes(found: Estimate, recipe: Recipe, card: str | None) -> tuple[str, ...]
             notes.append(f"fits: {need:.1f} GiB of {memory:.1f} in main memory")
     if card is not None:
         notes.append("speed of the GPU: shares of its public figures, not measured; main memory is not known")
-    if _text_bytes(recipe) == 0:
+    if not _text_bytes(recipe):
         notes.append("reading and tokenising text is not counted; name files by --data and --eval-data")
     if recipe.shots is None and not recipe.reconstruct and recipe.method == "kfac":
         notes.append("further shots, taken where much is lost and nothing is reconstructed, are not counted")

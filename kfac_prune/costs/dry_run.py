@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from types import MethodType
 from typing import Any
 
@@ -247,29 +248,17 @@ class DryRun:
     ) -> list[Matrix]:
         """The layers, with those that share an A told by a pass of one block of each kind, and experts' matrices."""
         stack = self._stack(1, 2)
-        shared: set[tuple[int, str]] = set()
-        for number, kind in enumerate(self._kinds):
-            last: list[Tensor] = []
-            handles = []
-            prefix = f"{names[kind[0]]}."
-            for layer in stack.inside(kind[0]):
-
-                def look(module: nn.Module, args: Any, name: str = layer.name.removeprefix(prefix)) -> None:
-                    if last and last[0] is args[0]:
-                        shared.add((number, name))  # noqa: B023  (runs within this turn)
-                    last[:] = [args[0]]  # noqa: B023
-
-                handles.append(layer.module.register_forward_pre_hook(look))
-            with self._running(), torch.no_grad(), counted():
+        shared: set[str] = set()  # names of layers of the first block of a kind
+        for kind in self._kinds:
+            with self._running(), torch.no_grad(), _readers(stack.inside(kind[0])) as order, counted():
                 stack.run(kind[0], 0, stack.entries[0])
-            for handle in handles:
-                handle.remove()
-        place = {f"{names[i]}.": number for number, kind in enumerate(self._kinds) for i in kind}
+            shared |= {name for (_, before), (name, x) in pairwise(order) if x is before}
+        first = {names[i]: names[kind[0]] for kind in self._kinds for i in kind}
         found = []
         for layer in layers:
-            prefix = next((p for p in place if layer.name.startswith(p)), None)
-            own = prefix is None or (place[prefix], layer.name.removeprefix(prefix)) not in shared
-            found.append(Matrix(layer.name, layer.shape, own_inputs=own))
+            block = next((name for name in first if layer.name.startswith(f"{name}.")), "")
+            twin = first[block] + layer.name.removeprefix(block) if block else layer.name
+            found.append(Matrix(layer.name, layer.shape, own_inputs=twin not in shared))
         for matrix in expert_matrices(self._model):
             wanted = not include or any(fnmatch.fnmatchcase(matrix.name, pattern) for pattern in include)
             if wanted and not any(fnmatch.fnmatchcase(matrix.name, pattern) for pattern in ignore):
@@ -326,6 +315,22 @@ def _experts_forward(module: Any, hidden: Tensor, chosen: Tensor, weights: Tenso
         output = F.linear(F.silu(gate) * value, down) * weights.reshape(-1)[:share, None].to(rows.dtype)
         result = result.index_add(0, torch.zeros(share, dtype=torch.long, device=rows.device), output)
     return result.reshape(hidden.shape)
+
+
+@contextmanager
+def _readers(layers: Sequence[Layer]) -> Iterator[list[tuple[str, Tensor]]]:
+    """Within the block the layers note their names and what they read, in order of execution."""
+    order: list[tuple[str, Tensor]] = []
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, args: order.append((name, args[0]))
+
+    handles = [layer.module.register_forward_pre_hook(note(layer.name)) for layer in layers]
+    try:
+        yield order
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

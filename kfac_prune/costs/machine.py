@@ -12,10 +12,20 @@ import psutil
 import torch
 from torch import Tensor
 
-from kfac_prune.costs.work import Call, Factorisation, Move, Operation, Precision, Product, Rank, Transfer, Work
+from kfac_prune.costs.work import (
+    Call,
+    Exponential,
+    Factorisation,
+    Move,
+    Operation,
+    Precision,
+    Product,
+    Rank,
+    Transfer,
+    Work,
+)
 from kfac_prune.errors import InputError, shown
 from kfac_prune.linalg import approximate_products, kth_largest
-from kfac_prune.memory import peak_memory_bytes
 
 #: (size, operations per second) at a few sizes, in their order.
 Rates = Sequence[tuple[float, float]]
@@ -34,6 +44,7 @@ class Machine:
         factorisations: per precision, FLOP/s by the width.
         bandwidth: bytes per second by the bytes of one operation.
         call: seconds that an operation takes at least.
+        exponential: seconds per number.
         rank: seconds per number for the k-th largest.
         channels: bytes per second of each.
         base: bytes of main memory that the process has before a model is loaded.
@@ -47,13 +58,14 @@ class Machine:
     factorisations: Mapping[Precision, Rates]
     bandwidth: Rates
     call: float
+    exponential: float
     rank: float
     channels: Mapping[str, float]
     base: float
 
     def seconds(self, work: Work) -> float:
         """That a piece of work takes."""
-        return sum(times * self._one(operation) for operation, times in work.counts.items())
+        return float(sum(times * self._one(operation) for operation, times in work.counts.items()))
 
     def _one(self, operation: Operation) -> float:
         """Seconds of one operation; of one byte through a channel."""
@@ -64,6 +76,8 @@ class Machine:
             return operation.flops / rate(self.factorisations[operation.precision], operation.width)
         if isinstance(operation, Move):
             return operation.size / rate(self.bandwidth, operation.size)
+        if isinstance(operation, Exponential):
+            return operation.numbers * self.exponential
         if isinstance(operation, Rank):
             return operation.numbers * self.rank
         if isinstance(operation, Transfer):
@@ -76,7 +90,7 @@ def rate(rates: Rates, size: float) -> float:
     """Interpolated in the logarithms; the last one beyond the largest size, and proportional below the smallest."""
     sizes = [at for at, _ in rates]
     if size <= sizes[0]:
-        return rates[0][1] * min(size / sizes[0], 1) ** 0.5
+        return float(rates[0][1] * min(size / sizes[0], 1.0) ** 0.5)
     if size >= sizes[-1]:
         return rates[-1][1]
     i = bisect.bisect_right(sizes, size)
@@ -155,6 +169,7 @@ def named(name: str) -> Machine:
         },
         bandwidth=[(1, speed)],
         call=GPU_CALL,
+        exponential=2e-13,
         rank=12 / speed,  # three passes of the histogram
         channels=GPU_CHANNELS,
         base=GPU_BASE,
@@ -168,10 +183,10 @@ MOVED = {"cpu": (2**16, 2**20, 2**24, 2**27), "cuda": (2**22, 2**30)}
 #: Rows of a product that is measured.
 ROWS = 1024
 #: Of a CPU: bytes per second to and from disk and through SHA-256, and of text through a tokenizer.
-CPU_CHANNELS = {"link": 1e10, "disk": 1e9, "hash": 1e9, "text": 1.5e6}
+CPU_CHANNELS = {"link": 1e10, "disk": 1e9, "hash": 1e9, "text": 1e6}
 #: A model's operation by its modules and autograd, in operations of torch on a tensor of eight numbers.
 CALL_FACTOR = 3.0
-#: Seconds that measuring one figure may take: the least time counts.
+#: Seconds that measuring one figure may take.
 BUDGET = 0.06
 
 
@@ -182,6 +197,7 @@ def measured(device: str, dtype: torch.dtype) -> Machine:
         device: of torch, one that exists.
         dtype: of the model.
     """
+    base = float(psutil.Process().memory_info().rss)
     kind = torch.device(device).type
     kind = kind if kind in WIDTHS else "cuda"
     products: dict[Precision, Rates] = {}
@@ -192,11 +208,11 @@ def measured(device: str, dtype: torch.dtype) -> Machine:
     products["bfloat16"] = [(w, _product(device, half, w)) for w in WIDTHS[kind]] if half else products["approximate"]
     products["float64"] = [(w, speed / 2) for w, speed in products["float32"]]
     factorisations: dict[Precision, Rates] = {
-        name: [(w, _factorisation(device, kind_, w)) for w in FACTOR_WIDTHS[kind]]
-        for name, kind_ in (("float32", torch.float32), ("float64", torch.float64))
-    }  # type: ignore[misc]
+        "float32": [(w, _factorisation(device, torch.float32, w)) for w in FACTOR_WIDTHS[kind]],
+        "float64": [(w, _factorisation(device, torch.float64, w)) for w in FACTOR_WIDTHS[kind]],
+    }
     eight, many = torch.ones(8, device=device), torch.rand(2**18, device=device)
-    call = _least(device, lambda: eight.add(eight)) * CALL_FACTOR if kind == "cpu" else GPU_CALL
+    least = _mean(device, lambda: eight.add(eight))
     host = float(psutil.virtual_memory().total)
     memory = host if kind == "cpu" else float(torch.cuda.get_device_properties(device).total_memory)
     return Machine(
@@ -208,33 +224,35 @@ def measured(device: str, dtype: torch.dtype) -> Machine:
         host=host,
         products=products,
         factorisations=factorisations,
-        bandwidth=[(size, _bandwidth(device, size)) for size in MOVED[kind]],
-        call=call,
-        rank=_least(device, lambda: kth_largest(many, 2**17)) / len(many),
+        bandwidth=[(size, _bandwidth(device, size, least)) for size in MOVED[kind]],
+        call=least * CALL_FACTOR if kind == "cpu" else GPU_CALL,
+        exponential=_mean(device, lambda: torch.nn.functional.silu(many)) / len(many),
+        rank=_mean(device, lambda: kth_largest(many, 2**17)) / len(many),
         channels=CPU_CHANNELS if kind == "cpu" else GPU_CHANNELS,
-        base=float(peak_memory_bytes()),
+        base=base,
     )
 
 
-def _least(device: str, run: Callable[[], object]) -> float:
-    """The least seconds of a few runs, the first of which does not count."""
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else (lambda: None)
+def _mean(device: str, run: Callable[[], object]) -> float:
+    """Mean seconds of a few runs after the first; of this thread on a CPU, whatever else the machine does."""
+    on_gpu = torch.device(device).type == "cuda"
+    clock = time.perf_counter if on_gpu else time.thread_time
     run()
-    wait()
-    times: list[float] = []
-    begin = time.perf_counter()
-    while len(times) < 3 or (time.perf_counter() - begin < BUDGET and len(times) < 1000):
-        start = time.perf_counter()
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    runs, begin = 0, clock()
+    while runs < 3 or (clock() - begin < BUDGET and runs < 1000):
         run()
-        wait()
-        times.append(time.perf_counter() - start)
-    return min(times)
+        runs += 1
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    return (clock() - begin) / runs
 
 
 def _product(device: str, dtype: torch.dtype, width: int) -> float:
     """FLOP/s of [ROWS, width] · [width, width]."""
     a, b = (torch.ones(rows, width, dtype=dtype, device=device) for rows in (ROWS, width))
-    return 2 * ROWS * width**2 / _least(device, lambda: a @ b)
+    return 2 * ROWS * width**2 / _mean(device, lambda: a @ b)
 
 
 def _factorisation(device: str, dtype: torch.dtype, width: int) -> float:
@@ -244,10 +262,11 @@ def _factorisation(device: str, dtype: torch.dtype, width: int) -> float:
     def run() -> Tensor:
         return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
 
-    return width**3 / _least(device, run)
+    return width**3 / _mean(device, run)
 
 
-def _bandwidth(device: str, size: int) -> float:
-    """Bytes per second of an addition that reads and writes so many bytes."""
+def _bandwidth(device: str, size: int, least: float) -> float:
+    """Bytes per second of an addition that reads and writes so many bytes, without the seconds of the call."""
     a, b, out = torch.ones(3, size // 12, device=device)
-    return size / _least(device, lambda: torch.add(a, b, out=out))
+    seconds = _mean(device, lambda: torch.add(a, b, out=out))
+    return size / max(seconds - least, seconds / 4)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from kfac_prune.config import parse_pattern
 from kfac_prune.costs.dry_run import Matrix
 from kfac_prune.costs.work import Call, Factorisation, Precision, Product, Rank, Work
-from kfac_prune.obs import FAST
 from kfac_prune.plan import CURVE_POINTS
 
 
@@ -27,12 +26,12 @@ class Iterations:
 
 
 #: At 50 %, by the fast schedule (also averaged over the points of a curve) and the thorough one; at n:m.
-QUICK = Iterations(admm=FAST.iterations, factorings=3, cg=8)
-SLOW = Iterations(admm=45, factorings=6, cg=15)
-SLOW_NM = Iterations(admm=45, factorings=6, cg=15)
+QUICK = Iterations(admm=19, factorings=2.9, cg=8.5)
+SLOW = Iterations(admm=33, factorings=3.1, cg=20)
+SLOW_NM = Iterations(admm=33, factorings=3.5, cg=19)
 #: Passes over [out, in] in float32 (two operands and a result) and operations of an iteration.
-ADMM_PASSES, ADMM_CALLS = 22, 40
-CG_PASSES, CG_CALLS = 6, 16
+ADMM_PASSES, ADMM_CALLS = 22, 80
+CG_PASSES, CG_CALLS = 6, 30
 #: Passes of the projection onto n:m, per weight in a group.
 NM_PASSES = 2
 

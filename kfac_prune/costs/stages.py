@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,11 @@ from kfac_prune.probe import KEPT_BYTES, PROBE_PASSES, PROBE_TOKENS
 from kfac_prune.reconstruction import HELD_OUT, step_windows
 
 #: Operations that loading and saving a model take besides reading and writing: files, modules, tokenizer.
-LOAD_CALLS, SAVE_CALLS = 2e5, 2e4
-#: Bytes of main memory per byte of text while it is tokenised.
-TEXT_BYTES = 130
+LOAD_CALLS, SAVE_CALLS = 5e4, 1e4
+#: Bytes of main memory per byte of text while it is tokenised: of one running text, and of documents.
+RUNNING_TEXT_BYTES, DOCUMENTS_BYTES = 165, 25
+#: Bytes of main memory that torch takes for itself once a model has run forward and backward.
+TORCH_BYTES = 3e8
 #: Sizes of the output in float32 that a pass holds at once, with gradient or with what is compared.
 OUTPUTS_BACKWARD, OUTPUTS_COMPARED = 3, 4
 
@@ -55,7 +57,7 @@ class Setting:
         item: bytes of one.
         gpu: the device has memory of its own.
         room: bytes that factors may take at a time; None = no limit.
-        text: bytes of text that are tokenised.
+        text: bytes of every file of text that is tokenised.
     """
 
     recipe: Recipe
@@ -64,7 +66,7 @@ class Setting:
     item: int
     gpu: bool
     room: float | None
-    text: float
+    text: Mapping[str, float]
     _passes: dict[int, Passes] = field(default_factory=dict)
 
     @property
@@ -146,14 +148,19 @@ def _stage(s: Setting, name: str, work: Work, device: float, host: float = 0.0, 
     """A stage, given what it holds besides the model."""
     on_device, in_main = _resident(s)
     device += on_device
-    return Stage(name, work, device, host + in_main + (0.0 if s.gpu else device), disk)
+    if not s.gpu:
+        host += device + TORCH_BYTES * (name != "load")
+    return Stage(name, work, device, host + in_main, disk)
 
 
 def _load(s: Setting) -> Stage:
-    work = s.passes(1).forward * 2 + Work({Transfer("disk"): s.bytes, Transfer("text"): s.text, Call(): LOAD_CALLS})
+    work = s.passes(1).forward * 2 + Work(
+        {Transfer("disk"): s.bytes, Transfer("text"): sum(s.text.values()), Call(): LOAD_CALLS}
+    )
     work.move(3 * s.bytes)
     work.add(Transfer("link"), s.bytes * s.gpu)
-    return _stage(s, "load", work, 0, s.text * TEXT_BYTES + s.bytes * s.gpu)
+    each = RUNNING_TEXT_BYTES if s.recipe.separator is None else DOCUMENTS_BYTES
+    return _stage(s, "load", work, 0, max(s.text.values(), default=0.0) * each + s.bytes * s.gpu)
 
 
 def _curvature(s: Setting) -> Stage:
@@ -167,7 +174,7 @@ def _curvature(s: Setting) -> Stage:
     sums = kept if s.groups == 1 else min(s.factor_bytes, s.room or s.factor_bytes) + s.stream_bytes
     passes = s.passes(min(s.recipe.batch_size, s.recipe.samples))
     held = passes.held / (s.dry.count if s.recipe.offload else 1) + OUTPUTS_BACKWARD * passes.output
-    return _stage(s, "curvature", _visits(s, work, 3 * s.groups), sums + held, waiting * s.gpu)
+    return _stage(s, "curvature", _visits(s, work, s.recipe.samples, 3 * s.groups), sums + held, waiting * s.gpu)
 
 
 def _covariances(s: Setting, rows: int) -> Work:
@@ -219,7 +226,7 @@ def _solve(s: Setting) -> Stage:
     work = total(solve_work(m, recipe.method, recipe.pattern, iterations) for m in s.dry.matrices) + _waiting(s, 1)
     if recipe.allocation != "curves":
         work += _probe(s, s.dry.count if recipe.sparsity != 0 else 0)
-    written = _planned_bytes(s) + s.stream_bytes + recipe.permute * s.bytes
+    written = _planned_bytes(s) + s.stream_bytes + bool(recipe.permute) * s.bytes
     work += Work({Transfer("hash"): s.bytes + 2 * written, Transfer("disk"): written})
     on_host = recipe.offload * _planned_bytes(s)
     device = _planning(s, 0 if recipe.offload else 1) + _probe_bytes(s)
@@ -246,7 +253,7 @@ def _probe(s: Setting, measurements: int) -> Work:
         if passes.output * batches > KEPT_BYTES:
             once += passes.blocks * (1 / blocks) + rest + passes.compared
         work += (once * measurements + passes.blocks * 2 + rest + passes.compared) * batches
-    return _visits(s, work, measurements / 2)
+    return _visits(s, work, _probe_windows(s), measurements / 2)
 
 
 def _probe_bytes(s: Setting) -> float:
@@ -268,7 +275,7 @@ def _evaluate(s: Setting, name: str) -> Stage:
         work += (once * 2 + passes.divergence if pruned else once) * batches
     passes = s.passes(min(s.recipe.batch_size, s.recipe.eval_samples))
     device = _factors_kept(s)[0] + _pruned_bytes(s, pruned) + OUTPUTS_COMPARED * passes.output
-    return _stage(s, name, _visits(s, work, 1 + pruned), device, _host_bytes(s, pruned))
+    return _stage(s, name, _visits(s, work, s.recipe.eval_samples, 1 + pruned), device, _host_bytes(s, pruned))
 
 
 def _pruned_bytes(s: Setting, applied: bool) -> float:
@@ -282,11 +289,11 @@ def _host_bytes(s: Setting, applied: bool) -> float:
     return there + _factors_kept(s)[1] * s.gpu
 
 
-def _visits(s: Setting, work: Work, passes: float) -> Work:
-    """Work, and the blocks that come to the device for every batch of it."""
+def _visits(s: Setting, work: Work, windows: int, passes: float) -> Work:
+    """Work, and the blocks that come to the device for every batch of the windows, so many times."""
     if not s.recipe.offload:
         return work
-    batches = -(-s.recipe.samples // s.recipe.batch_size)
+    batches = -(-windows // s.recipe.batch_size)
     return work + Work({Transfer("link"): s.dry.blocks_bytes * passes * batches})
 
 
@@ -306,7 +313,7 @@ def _refit(s: Setting) -> Stage:
     moments = max(4 * (3 * sum(m.shape) ** 2) for m in writers) if writers else 0
     streams = 4 * s.tokens * s.dry.width * s.item
     device = _factors_kept(s)[0] + _pruned_bytes(s, True) + moments + streams * (not s.gpu)
-    return _stage(s, "refit", _visits(s, work, 4), device, _host_bytes(s, True) + streams * s.gpu)
+    return _stage(s, "refit", _visits(s, work, s.recipe.samples, 4), device, _host_bytes(s, True) + streams * s.gpu)
 
 
 def _writers(s: Setting) -> list[Matrix]:
@@ -331,7 +338,7 @@ def _reconstruct(s: Setting) -> Stage:
     work.move(12 * rows * dry.width, dry.count * (6 * train + 3 * look))
     block = s.weights / dry.count
     work.move(12 * block, 6 * dry.count * train)  # Adam, masks, rounding to the model's dtype
-    work.add(Call(), train * 8 * len(dry.matrices))
+    work.add(Call(), train * 14 * len(dry.matrices))
     stream = s.tokens * dry.width * s.item
     written = s.weights * s.item
     work += Work({Transfer("hash"): stream + s.weights + 2 * dry.blocks_bytes + written, Transfer("disk"): written})

@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-#: How a product is multiplied: exactly in float32, by the device's matrix units from float32 (``approximate_products``),
-#: in bfloat16 or float16, in float64.
+#: How a product is multiplied: exactly in float32, by the device's matrix units from float32
+#: (``approximate_products``), in bfloat16 or float16, in float64.
 Precision = Literal["float32", "approximate", "bfloat16", "float64"]
 
 
@@ -53,6 +53,12 @@ class Move(NamedTuple):
     size: int
 
 
+class Exponential(NamedTuple):
+    """Exponentials and their like (sigmoid, tanh, error function), of so many numbers."""
+
+    numbers: int
+
+
 class Call(NamedTuple):
     """One operation's fixed cost: Python, dispatch, and on a GPU the launch."""
 
@@ -69,7 +75,7 @@ class Transfer(NamedTuple):
     channel: Literal["link", "disk", "hash", "text"]
 
 
-Operation = Product | Factorisation | Move | Call | Rank | Transfer
+Operation = Product | Factorisation | Move | Exponential | Call | Rank | Transfer
 
 
 class Work:
@@ -154,16 +160,34 @@ class _Counting(TorchDispatchMode):
             work.add(Product(precision_of(a), a.shape[-2], a.shape[-1], b.shape[-1]), a.shape[0] if a.ndim > 2 else 1)
         elif operator in (_ATTENTION, _ATTENTION_BACKWARD):
             q, k = (args[0], args[1]) if operator is _ATTENTION else (args[1], args[2])
-            batch, heads, rows, width = q.shape
-            times = batch * heads * (1 if operator is _ATTENTION else 2.5)  # backward: scores again, four gradients
-            for inner, columns in ((width, k.shape[2]), (k.shape[2], width)):
-                work.add(Product(precision_of(q), rows, inner, columns), times)
-            work.move(4 * rows * k.shape[2], times)  # the scores, in a cache
+            forward = operator is _ATTENTION
+            causal = len(args) > (4 if forward else 7) and args[4 if forward else 7]
+            self._attention(q, k, 1 if forward else 2.5, bool(causal))
             work.move(size)
         else:
+            if operator in _EXPONENTIALS:
+                work.add(Exponential(1), tensors[-1].numel())
             work.move(size)
 
+    def _attention(self, q: Tensor, k: Tensor, passes: float, causal: bool) -> None:
+        """Two products per pass and the scores' exponentials; of causal ones the half that is masked is left out."""
+        batch, heads, rows, width = q.shape
+        columns = k.shape[2]
+        times = batch * heads * passes * (0.5 if causal else 1)
+        for shape in ((rows, width, columns), (rows, columns, width)):
+            self._work.add(Product(precision_of(q), *shape), times)
+        self._work.add(Exponential(1), SCORE * batch * heads * passes * rows * columns)
 
+
+#: Exponentials that a score of attention is worth, with its sums and the mask.
+SCORE = 1.8
+_EXPONENTIALS = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in (
+        *("exp", "exp_", "silu", "silu_", "silu_backward", "gelu", "gelu_backward", "tanh", "sigmoid", "softplus"),
+        *("_softmax", "_log_softmax", "log", "erf"),
+    )
+)
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -180,7 +204,7 @@ class _FusedAttention(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         if k.shape[1] != q.shape[1]:
             k, v = (t[:, :, None].expand(-1, -1, q.shape[1] // k.shape[1], -1, -1).flatten(1, 2) for t in (k, v))
-        return _ATTENTION(q, k, v)[0]
+        return _ATTENTION(q, k, v, 0.0, bool(given.get("is_causal")))[0]
 
 
 def precision_of(tensor: Tensor) -> Precision:
