@@ -183,7 +183,9 @@ MOVED = {"cpu": (2**16, 2**20, 2**24, 2**27), "cuda": (2**22, 2**30)}
 #: Rows of a product that is measured.
 ROWS = 1024
 #: Of a CPU: bytes per second to and from disk and through SHA-256, and of text through a tokenizer.
-CPU_CHANNELS = {"link": 1e10, "disk": 1e9, "hash": 1e9, "text": 1e6}
+CPU_CHANNELS = {"link": 1e10, "disk": 1e9, "hash": 1e9, "text": 9e5}
+#: How much longer an operation takes on a CPU among others than alone in a loop, its operands in the caches.
+AMONG_OTHERS = 1.2
 #: A model's operation by its modules and autograd, in operations of torch on a tensor of eight numbers.
 CALL_FACTOR = 3.0
 #: Seconds that measuring one figure may take.
@@ -213,10 +215,10 @@ def measured(device: str, dtype: torch.dtype) -> Machine:
     }
     eight, many = torch.ones(8, device=device), torch.rand(2**18, device=device)
     least = _mean(device, lambda: eight.add(eight))
-    host = float(psutil.virtual_memory().total)
+    host, threads = float(psutil.virtual_memory().total), torch.get_num_threads()
     memory = host if kind == "cpu" else float(torch.cuda.get_device_properties(device).total_memory)
     return Machine(
-        name=f"this {'CPU' if kind == 'cpu' else 'GPU'} ({torch.get_num_threads()} threads)"
+        name=f"this CPU ({threads} thread{'s' * (threads > 1)})"
         if kind == "cpu"
         else torch.cuda.get_device_name(device),
         gpu=kind != "cpu",
@@ -234,9 +236,9 @@ def measured(device: str, dtype: torch.dtype) -> Machine:
 
 
 def _mean(device: str, run: Callable[[], object]) -> float:
-    """Mean seconds of a few runs after the first; of this thread on a CPU, whatever else the machine does."""
+    """Mean seconds of a few runs after the first; on a CPU of this thread, whatever else the machine does."""
     on_gpu = torch.device(device).type == "cuda"
-    clock = time.perf_counter if on_gpu else time.thread_time
+    clock, factor = (time.perf_counter, 1.0) if on_gpu else (time.thread_time, AMONG_OTHERS)
     run()
     if on_gpu:
         torch.cuda.synchronize(device)
@@ -246,7 +248,7 @@ def _mean(device: str, run: Callable[[], object]) -> float:
         runs += 1
         if on_gpu:
             torch.cuda.synchronize(device)
-    return (clock() - begin) / runs
+    return factor * (clock() - begin) / runs
 
 
 def _product(device: str, dtype: torch.dtype, width: int) -> float:

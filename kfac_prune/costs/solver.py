@@ -30,7 +30,7 @@ QUICK = Iterations(admm=19, factorings=2.9, cg=8.5)
 SLOW = Iterations(admm=33, factorings=3.1, cg=20)
 SLOW_NM = Iterations(admm=33, factorings=3.5, cg=19)
 #: Passes over [out, in] in float32 (two operands and a result) and operations of an iteration.
-ADMM_PASSES, ADMM_CALLS = 22, 80
+ADMM_PASSES, ADMM_CALLS = 22, 60
 CG_PASSES, CG_CALLS = 6, 30
 #: Passes of the projection onto n:m, per weight in a group.
 NM_PASSES = 2

@@ -22,7 +22,7 @@ LOAD_CALLS, SAVE_CALLS = 5e4, 1e4
 #: Bytes of main memory per byte of text while it is tokenised: of one running text, and of documents.
 RUNNING_TEXT_BYTES, DOCUMENTS_BYTES = 165, 25
 #: Bytes of main memory that torch takes for itself once a model has run forward and backward.
-TORCH_BYTES = 3e8
+TORCH_BYTES = 2.5e8
 #: Sizes of the output in float32 that a pass holds at once, with gradient or with what is compared.
 OUTPUTS_BACKWARD, OUTPUTS_COMPARED = 3, 4
 
