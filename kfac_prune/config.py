@@ -204,6 +204,9 @@ class Recipe:
         "and what is finished waits in main memory or, on a CPU, in files in the folder for temporary files (TMPDIR); "
         "not with --shots of sparse models; default: half of what is free on a GPU, no limit on a CPU",
     )
+    skip_bad_batches: bool = option(
+        False, "leave out, and count, calibration batches on which the model computes NaN or infinity"
+    )
     overwrite: bool = option(False, "replace --out if it exists")
     resume: bool = option(
         False, "go on where an interrupted run with the same options had got to, from what it left in OUT.work"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,6 +169,40 @@ def check_runs(model: PreTrainedModel, windows: Windows, objective: Objective) -
         raise InputError(
             f"{type(model).__name__} of {model.config.name_or_path} fails on one window of text: {reason(error)}"
         ) from error
+
+
+def finite_windows(
+    model: PreTrainedModel, layers: list[Layer], windows: Windows, objective: Objective, batch_size: int
+) -> Windows:
+    """The windows of those batches on which the inputs of all layers and the model's output are finite.
+
+    Costs one forward pass, which several processes share.
+
+    Raises:
+        InputError: there is none.
+    """
+    good: list[int] = []
+    finite: list[torch.Tensor] = []
+
+    def see(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        finite.append(args[0].isfinite().all())
+
+    with torch.no_grad(), ExitStack() as hooks:
+        for layer in layers:
+            hooks.callback(layer.module.register_forward_pre_hook(see).remove)
+        for batch in ranks.share(list(windows.batches(batch_size))):
+            finite.clear()
+            mask = None if batch.attention_mask is None else batch.attention_mask.to(model.device)
+            finite.append(objective.output(model, batch.input_ids.to(model.device), mask).isfinite().all())
+            if all(bool(one) for one in finite):
+                good += batch.index.tolist()
+    rows = torch.tensor(sorted(row for part in ranks.gathered(good) for row in part), dtype=torch.int64)
+    if not len(rows):
+        raise InputError(
+            f"every one of the {len(windows)} calibration windows gives NaN or infinity; try --dtype float32 or "
+            "bfloat16, or other text"
+        )
+    return Windows(windows.input_ids[rows], None if windows.attention_mask is None else windows.attention_mask[rows])
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

@@ -12,7 +12,7 @@ from kfac_prune import ranks
 from kfac_prune.config import Recipe
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
-from kfac_prune.inputs import has_writers, load_inputs
+from kfac_prune.inputs import finite_windows, has_writers, load_inputs
 from kfac_prune.inspect_model import coverage
 from kfac_prune.models import Layer, load_config
 from kfac_prune.objective import Objective, find_objective
@@ -35,6 +35,7 @@ class Job:
     layers: list[Layer]
     calibration: Windows
     held_out: Windows
+    skipped: int  # calibration windows left out
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,14 @@ def begin(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
         room = 1.1 if recipe.structured else 4  # with what is left for --resume: plan, dense weights, trained blocks
         check_output(recipe.out, overwrite=recipe.overwrite, need_bytes=int(room * model.get_memory_footprint()))
     echo(coverage(model, layers))
+    if recipe.skip_bad_batches:
+        with stages("look for bad batches"):
+            calibration = finite_windows(model, layers, calibration, objective, recipe.batch_size)
+    skipped = len(loaded.calibration) - len(calibration)
+    if skipped:
+        echo(
+            f"left out {skipped} of {len(loaded.calibration)} calibration windows, on which activations are not finite"
+        )
     if len(calibration) < ranks.count():
         raise InputError(
             f"{ranks.count()} processes share {len(calibration)} calibration windows; add --samples, or start fewer"
@@ -78,4 +87,16 @@ def begin(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
     if recipe.refit and not has_writers(model, calibration):
         echo(f"no refit: the blocks of {type(model).__name__} normalise what they add to the residual stream")
         recipe = replace(recipe, refit=False)
-    return Job(recipe, stages, echo, quiet, model, loaded.tokenizer, objective, layers, calibration, loaded.held_out)
+    return Job(
+        recipe,
+        stages,
+        echo,
+        quiet,
+        model,
+        loaded.tokenizer,
+        objective,
+        layers,
+        calibration,
+        loaded.held_out,
+        skipped,
+    )

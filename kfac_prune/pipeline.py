@@ -105,6 +105,7 @@ def _written(job: Job, outcome: Outcome) -> dict[str, Any]:
             recipe,
             job.objective,
             job.calibration,
+            job.skipped,
             outcome.dense,
             outcome.pruned,
             job.stages,
@@ -126,8 +127,8 @@ def _planned(job: Job, estimate: Callable[[], Factors], pattern: NM | None, damp
     fisher: Any = recipe.fisher
     assert recipe.sparsity is not None
     assert recipe.allocation is not None
-    journal = journal_of(recipe, model, job.calibration) if ranks.leads() else None
-    if recipe.resume and (finished := read_planned(journal, model)) is not None:
+    journal = journal_of(recipe, model, job.calibration)
+    if recipe.resume and (finished := read_planned(journal if ranks.leads() else None, model)) is not None:
         job.echo("- plan: as the interrupted run left it")
         return finished
     if method in SEQUENCE_METHODS:
@@ -167,10 +168,11 @@ def _planned(job: Job, estimate: Callable[[], Factors], pattern: NM | None, damp
             probe=Probe.on(model, job.calibration, recipe.batch_size, job.objective),
             estimate=estimate,
             sequences=sequences,
+            journal=journal,
             quiet=job.quiet,
         )
     planned = Planned(plan, factors, permuted)
-    if journal is not None:
+    if ranks.leads():
         write_planned(journal, recipe, model, planned)
     return planned
 

@@ -23,6 +23,7 @@ from kfac_prune.obs import FAST, NM, Unstructured, saliency, solve
 from kfac_prune.operators import Damping
 from kfac_prune.probe import Probe
 from kfac_prune.problems import PlannedLayer, Problems, PruningMethod, owners
+from kfac_prune.store import Journal
 
 #: Sparsities at which a layer's loss curve is computed.
 CURVE_POINTS = (0.3, 0.5, 0.7, 0.9)
@@ -81,6 +82,7 @@ def make_plan(
     probe: Probe | None = None,
     estimate: Callable[[], Factors] | None = None,
     sequences: SequenceFisher | None = None,
+    journal: Journal | None = None,
     quiet: bool = True,
 ) -> Plan:
     """Decide every layer's sparsity, select its mask and solve for its weights. The model is not changed.
@@ -100,6 +102,7 @@ def make_plan(
         estimate: gives the factors of the model as it is at that moment, for methods that prune it in several shots;
             it is dense again afterwards.
         sequences: the curvatures of ``method`` "ek-fac", "woodfisher" or "m-fac".
+        journal: has the curve and the solution of every layer that is finished, from which an interrupted run goes on.
         quiet: show no progress bars.
     """
     missing = [layer.name for layer in layers if layer.name not in factors.layers]
@@ -136,9 +139,9 @@ def make_plan(
             sparsities = _global_threshold(layers, problems, sparsity)
         else:
             if curves is None:
-                curves = loss_curves(layers, factors, damping=problems.damping, quiet=quiet)
+                curves = loss_curves(layers, factors, damping=problems.damping, journal=journal, quiet=quiet)
             sparsities, factor = _by_curves(layers, problems, sparsity, curves, probe, quiet)
-        planned = problems.solve_all(layers, pattern, sparsities, label="solve", quiet=quiet)
+        planned = problems.solve_all(layers, pattern, sparsities, label="solve", journal=journal, quiet=quiet)
     if probe is not None and not factor:
         factor = probe.factors(layers, planned, together=target is None, quiet=quiet)
     planned = [replace(made, predicted=made.predicted * factor.get(made.name, 1.0)) for made in planned]
@@ -152,6 +155,7 @@ def loss_curves(
     factors: Factors,
     *,
     damping: Damping | None = None,
+    journal: Journal | None = None,
     quiet: bool = True,
 ) -> dict[str, LossCurve]:
     """The predicted loss of every layer against its sparsity, under G ⊗ A, by the fast variant of the real solver.
@@ -161,9 +165,15 @@ def loss_curves(
     problems, found = Problems(factors, "kfac", damping or Damping()), {}
     mine = [layer for layer, process in zip(layers, owners(layers), strict=True) if process == ranks.index()]
     for layer in tqdm(mine, desc="loss curves", unit="layer", disable=quiet):
-        weight, operator, _ = problems(layer)
-        points = {s: solve(weight, operator, Unstructured(s), FAST).loss for s in CURVE_POINTS}
-        found[layer.name] = LossCurve(points, weight.numel())
+        finished = None if journal is None else journal.read(f"curve {layer.name}")
+        if finished is None:
+            weight, operator, _ = problems(layer)
+            losses = [solve(weight, operator, Unstructured(s), FAST).loss for s in CURVE_POINTS]
+            if journal is not None:
+                journal.write(f"curve {layer.name}", {}, {"losses": losses})
+        else:
+            losses = finished[1]["losses"]
+        found[layer.name] = LossCurve(dict(zip(CURVE_POINTS, losses, strict=True)), layer.weight.numel())
     everything = {name: curve for part in ranks.gathered(found) for name, curve in part.items()}
     return {layer.name: everything[layer.name] for layer in layers}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ from kfac_prune.curvature.sequences import STATISTICS, SequenceFisher, SequenceM
 from kfac_prune.models import Layer
 from kfac_prune.obs import NM, THOROUGH, AdmmSchedule, Pattern, Unstructured, solve
 from kfac_prune.operators import Curvature, Damping, DampingRecord, quadratic_loss
+from kfac_prune.store import Journal
 
 #: How a layer can be pruned: by one of the curvatures, or by a method of the field.
 PruningMethod = Method | SequenceMethod | Literal["sparsegpt", "alps", "wanda", "llm-surgeon"]
@@ -55,6 +56,23 @@ class PlannedLayer:
     def sparsity(self) -> float:
         """Fraction of weights removed."""
         return 1 - int(self.mask.sum()) / self.mask.numel()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weight, mask and bias by name, for a file."""
+        both = {"weight": self.weight, "mask": self.mask}
+        return both if self.bias is None else {**both, "bias": self.bias}
+
+    def figures(self) -> dict[str, Any]:
+        """All else, as JSON can hold it."""
+        damping = [asdict(record) for record in self.damping]
+        return {"predicted": self.predicted, "kkt": self.kkt, "groups_fit": self.groups_fit, "damping": damping}
+
+    @classmethod
+    def restored(cls, layer: Layer, tensors: Mapping[str, Tensor], figures: Mapping[str, Any]) -> PlannedLayer:
+        """What ``tensors`` and ``figures`` told of a layer, on its device."""
+        there = {name: tensor.to(layer.weight.device) for name, tensor in tensors.items()}
+        damping = tuple(DampingRecord(**record) for record in figures["damping"])
+        return cls(layer.name, there["weight"], there.get("bias"), there["mask"], **{**figures, "damping": damping})
 
 
 @dataclass(frozen=True)
@@ -126,13 +144,23 @@ class Problems:
         *,
         label: str,
         schedule: AdmmSchedule = THOROUGH,
+        journal: Journal | None = None,
         quiet: bool = True,
     ) -> list[PlannedLayer]:
-        """Prune all layers, each by ``solve``: to the pattern, or without one to its sparsity. See ``solved``."""
+        """Prune all layers, each by ``solve``: to the pattern, or without one to its sparsity. See ``solved``.
+
+        A journal has every layer that is finished, as its own ``part``.
+        """
 
         def one(number: int) -> PlannedLayer:
             layer = layers[number]
-            return self.solve(layer, pattern or Unstructured(sparsities[layer.name]), schedule)
+            finished = None if journal is None else journal.read(part(layer))
+            if finished is not None:
+                return PlannedLayer.restored(layer, *finished)
+            made = self.solve(layer, pattern or Unstructured(sparsities[layer.name]), schedule)
+            if journal is not None:
+                journal.write(part(layer), made.tensors(), made.figures())
+            return made
 
         return solved(layers, one, label=label, quiet=quiet)
 
@@ -165,6 +193,11 @@ class Problems:
             kkt=None,
             damping=(),
         )
+
+
+def part(layer: Layer) -> str:
+    """Name of a solved layer in a journal."""
+    return f"layer {layer.name}"
 
 
 def solved(

@@ -84,6 +84,7 @@ def result_record(
     recipe: Recipe,
     objective: Objective,
     calibration: Windows,
+    skipped: int,
     dense: Quality,
     pruned: Quality,
     stages: Stages,
@@ -95,6 +96,7 @@ def result_record(
         recipe: resolved.
         objective: that the model has; its unit is that of every loss.
         calibration: windows that were used.
+        skipped: how many others were left out, as the model is not finite on them.
         dense: quality before.
         pruned: quality after, with KL.
         stages: of the run.
@@ -117,7 +119,7 @@ def result_record(
         "method": recipe.method,
         "pattern": recipe.pattern,
         "structured": recipe.structured,
-        "calibration": {"tokens": calibration.tokens, "sha256": calibration.sha256()},
+        "calibration": {"tokens": calibration.tokens, "skipped": skipped, "sha256": calibration.sha256()},
         **figures,
         "kl_measured": pruned.kl,
         "damping": recipe.damping,

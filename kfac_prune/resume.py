@@ -14,11 +14,11 @@ from kfac_prune import ranks
 from kfac_prune.config import Recipe
 from kfac_prune.curvature.factors import Factors, LayerFactors
 from kfac_prune.data import Windows
-from kfac_prune.models import Layer
-from kfac_prune.operators import DampingRecord
+from kfac_prune.errors import InputError
+from kfac_prune.models import Layer, prunable_layers
 from kfac_prune.permute import Permuted
 from kfac_prune.plan import Plan
-from kfac_prune.problems import PlannedLayer
+from kfac_prune.problems import PlannedLayer, part
 from kfac_prune.store import Journal, content_hash, work_folder
 
 #: Fields of a recipe that do not move a plan.
@@ -62,12 +62,12 @@ def write_planned(journal: Journal, recipe: Recipe, model: PreTrainedModel, plan
     plan, factors = planned.plan, planned.factors
     tensors: dict[str, Tensor] = {f"stream {name}": g for name, g in factors.streams.items()}
     rows = []
-    for layer in plan.layers:
-        tensors |= {f"weight {layer.name}": layer.weight, f"mask {layer.name}": layer.mask}
-        if layer.bias is not None:
-            tensors[f"bias {layer.name}"] = layer.bias
-        figures = {"predicted": layer.predicted, "kkt": layer.kkt, "groups_fit": layer.groups_fit}
-        rows.append({"name": layer.name, **figures, "damping": [asdict(record) for record in layer.damping]})
+    by_name = {layer.name: layer for layer in prunable_layers(model)}
+    for made in plan.layers:
+        solved = part(by_name[made.name])
+        alone = ranks.count() == 1 and journal.has(solved) and made.sparsity > 0  # its tensors lie there already
+        tensors |= {} if alone else {f"{name} {made.name}": tensor for name, tensor in made.tensors().items()}
+        rows.append({"name": made.name, "solved": solved if alone else None, "figures": made.figures()})
     kept: dict[str, Any] = {}
     if recipe.refit or recipe.reconstruct_unit == "sublayer":
         for name, one in factors.layers.items():
@@ -101,6 +101,12 @@ def read_planned(journal: Journal | None, model: PreTrainedModel) -> Planned | N
         model: dense, as loaded.
     """
     found = None if journal is None else journal.read(PART)
+    if journal is not None and found is not None:
+        for row in (row for row in found[1]["layers"] if row["solved"] is not None):
+            solved = journal.read(row["solved"])
+            if solved is None:
+                raise InputError(f"{journal.folder} has lost {row['solved']} of a plan; run without --resume")
+            found[0].update({f"{name} {row['name']}": tensor for name, tensor in solved[0].items()})
     record: dict[str, Any] | None = ranks.told(None if found is None else found[1])
     if record is None:
         return None
@@ -129,9 +135,5 @@ def read_planned(journal: Journal | None, model: PreTrainedModel) -> Planned | N
 def _layer(row: dict[str, Any], tensors: dict[str, Tensor], model: PreTrainedModel) -> PlannedLayer:
     """A planned layer from its figures and tensors, where the model has it."""
     name = row["name"]
-    device = Layer(name, model.get_submodule(name)).weight.device
-    weight, mask = (tensors[f"{part} {name}"].to(device) for part in ("weight", "mask"))
-    bias = tensors[f"bias {name}"].to(device) if f"bias {name}" in tensors else None
-    damping = tuple(DampingRecord(**record) for record in row["damping"])
-    figures = {key: row[key] for key in ("predicted", "kkt", "groups_fit")}
-    return PlannedLayer(name, weight, bias, mask, damping=damping, **figures)
+    own = {kind: tensors[f"{kind} {name}"] for kind in ("weight", "mask", "bias") if f"{kind} {name}" in tensors}
+    return PlannedLayer.restored(Layer(name, model.get_submodule(name)), own, row["figures"])

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,8 @@ def clear_work(out: str) -> None:
     folder = work_folder(out)
     if folder.is_dir():
         for stage in ("plan", "reconstruction"):
-            for file in (*folder.glob(f"{stage}-*.safetensors"), *folder.glob(f"{stage}-*.partial")):
+            # in order, so that a plan goes before the layers that it refers to, should this be interrupted
+            for file in sorted((*folder.glob(f"{stage}-*.safetensors"), *folder.glob(f"{stage}-*.partial"))):
                 file.unlink()
         if not any(folder.iterdir()):
             folder.rmdir()
@@ -113,6 +114,9 @@ def new_folder(out: str, *, overwrite: bool) -> Iterator[Path]:
     """A temporary folder beside ``out`` that becomes ``out`` when the block ends well, and vanishes when it fails.
 
     A folder that is replaced stays as it was until the new one is complete.
+
+    Raises:
+        InputError: it cannot be written.
     """
     target = check_output(out, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -134,8 +138,18 @@ def new_folder(out: str, *, overwrite: bool) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             os.replace(work, target)
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(target, error) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def cannot_write(path: Path, error: Exception) -> InputError:
+    """What to say of a disk that is full, or gone, when a result is due."""
+    return InputError(
+        f"{path} cannot be written ({error}); what was there is as before. See to the disk; what was finished is not "
+        "lost: a prune that is started again with --resume goes on from there"
+    )
 
 
 def save_artifact(path: Path, tensors: Mapping[str, Tensor], *, key: str, record: Mapping[str, Any]) -> None:
@@ -146,8 +160,10 @@ def save_artifact(path: Path, tensors: Mapping[str, Tensor], *, key: str, record
         tensors: by name.
         key: says which run and which part of it this is.
         record: figures that JSON can hold.
+
+    Raises:
+        InputError: it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     whole: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
@@ -159,8 +175,14 @@ def save_artifact(path: Path, tensors: Mapping[str, Tensor], *, key: str, record
     metadata = {"key": key, "record": json.dumps(record)}
     metadata["sha256"] = _artifact_hash(whole, metadata["record"])
     partial = path.with_suffix(".partial")
-    save_file(whole, partial, metadata=metadata)
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(whole, partial, metadata=metadata)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
 
 
 def load_artifact(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -206,6 +228,10 @@ class Journal:
     def read(self, part: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What ``write`` left of a part; None if it was not finished. Errors as ``load_artifact``."""
         return load_artifact(self._path(part), f"{self.key} {part}")
+
+    def has(self, part: str) -> bool:
+        """Whether ``write`` has left a part, of this run or another."""
+        return self._path(part).exists()
 
     def write(self, part: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Leave a part that is finished."""

@@ -430,6 +430,7 @@ def test_options_reach_the_recipe(here):
                 "--offload",
                 "--max-memory",
                 "0.5",
+                "--skip-bad-batches",
                 "--no-refit",
             ]
         )
@@ -474,6 +475,7 @@ def test_options_reach_the_recipe(here):
         "dtype": "bfloat16",
         "offload": True,
         "max_memory": 0.5,
+        "skip_bad_batches": True,
         "overwrite": True,
         "trust_remote_code": False,
     }

@@ -1,18 +1,24 @@
 """Texts and models that are poor in one way or another: finite results of the right size, or a refusal by name."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from letters import save_llama
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
+from kfac_prune import job, pipeline
+from kfac_prune.config import Recipe
 from kfac_prune.curvature.estimate import estimate_factors
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
+from kfac_prune.inputs import finite_windows
 from kfac_prune.models import prunable_layers
-from kfac_prune.objective import Classes
+from kfac_prune.objective import CAUSAL, Classes
 from kfac_prune.obs import NM
+from kfac_prune.pipeline import run
 from kfac_prune.plan import make_plan
 
 
@@ -24,6 +30,50 @@ def test_the_batch_that_is_not_finite_is_named(make_model, make_windows, monkeyp
         model.get_input_embeddings().weight[40] = math.nan
     with pytest.raises(InputError, match=r"q_proj: its inputs .*, first in batch 3 \(windows 5 to 6\); try --dtype"):
         estimate_factors(model, prunable_layers(model), windows, batch_size=2)
+
+
+@pytest.mark.parametrize("lengths", [(), (9, 3, 9, 7, 2, 9, 9)], ids=["whole", "padded"])
+def test_batches_that_are_not_finite_can_be_left_out(make_model, make_windows, lengths):
+    model, windows = make_model("llama"), make_windows(7, 9, lengths=lengths)
+    windows.input_ids.clamp_(max=39)
+    windows.input_ids[2, 0] = windows.input_ids[6, 0] = 40
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())  # was the embeddings'
+    with torch.no_grad():
+        model.get_input_embeddings().weight[40] = math.nan
+    layers = prunable_layers(model)
+    left = finite_windows(model, layers, windows, CAUSAL, batch_size=2)
+    assert torch.equal(left.input_ids, windows.input_ids[[0, 1, 4, 5]])
+    assert (left.attention_mask is None) == (not lengths)
+    estimate_factors(model, layers, left)
+    windows.input_ids[:, 0] = 40
+    with pytest.raises(InputError, match="every one of the 7 calibration windows gives NaN"):
+        finite_windows(model, layers, windows, CAUSAL, batch_size=2)
+
+
+def test_a_run_counts_the_batches_that_it_leaves_out(tmp_path, monkeypatch):
+    save_llama(tmp_path / "model", tie_word_embeddings=False)
+    (tmp_path / "text.txt").write_text("abcde" * 300, encoding="utf-8")
+    fields = {"samples": 12, "seqlen": 16, "batch_size": 2, "device": "cpu", "pattern": "2:4", "reconstruct": 0}
+    made = Recipe(model=str(tmp_path / "model"), data=str(tmp_path / "text.txt"), out=str(tmp_path / "out"), **fields)
+    loads = job.load_inputs
+
+    def broken(*arguments):
+        inputs = loads(*arguments)
+        token = inputs.tokenizer("f").input_ids[-1]
+        inputs.calibration.input_ids[3, 5] = token
+        with torch.no_grad():
+            inputs.model.get_input_embeddings().weight[token] = math.nan
+        return inputs
+
+    monkeypatch.setattr(job, "load_inputs", broken)
+    with pytest.raises(InputError, match=r"in batch 2 \(windows 3 to 4\); .* --skip-bad-batches"):
+        run(made)
+    monkeypatch.setattr(pipeline, "save_model", lambda *arguments: None)  # which refuses NaN, rightly
+    monkeypatch.setattr(pipeline, "verify_saved", lambda *arguments, **options: None)
+    record = run(replace(made, skip_bad_batches=True))
+    assert record["calibration"]["skipped"] == 2
+    assert record["calibration"]["tokens"] == 160
+    assert math.isfinite(record["kl_measured"])
 
 
 def test_a_layer_that_is_called_without_a_token_is_named(make_model, make_windows):

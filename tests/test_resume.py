@@ -12,10 +12,13 @@ import pytest
 import torch
 from letters import save_llama
 
-from kfac_prune import pipeline
+from kfac_prune import pipeline, plan
 from kfac_prune.config import Recipe
 from kfac_prune.errors import InputError
+from kfac_prune.obs import THOROUGH
 from kfac_prune.pipeline import run
+from kfac_prune.problems import Problems
+from kfac_prune.store import work_folder
 
 KILLS = 20
 
@@ -106,10 +109,80 @@ def test_neither_curvature_nor_plan_is_made_twice(fields, place, tmp_path, monke
     assert bytes_of(tmp_path / "other") == bytes_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
+def test_a_plan_goes_on_after_its_last_layer(place, tmp_path, monkeypatch, pattern):
+    run(recipe(place, tmp_path / "whole", pattern=pattern))
+    made, solved, original = recipe(place, tmp_path / "other", pattern=pattern, resume=True), [], plan.solve
+
+    def curve(weight, operator, allowed, schedule):
+        solved.append(("curve", weight.shape))
+        return original(weight, operator, allowed, schedule)
+
+    def one(self, layer, allowed, schedule=THOROUGH):
+        solved.append((schedule is THOROUGH, layer.name))
+        if schedule is THOROUGH and layer.name == "model.layers.1.mlp.up_proj" and not again:
+            raise KeyboardInterrupt
+        return own(self, layer, allowed, schedule)
+
+    again, own = False, Problems.solve
+    monkeypatch.setattr(plan, "solve", curve)
+    monkeypatch.setattr(Problems, "solve", one)
+    with pytest.raises(KeyboardInterrupt):
+        run(made)
+    first = {name for kind, name in solved if kind is True} - {"model.layers.1.mlp.up_proj"}
+    assert len(first) > 5
+    solved.clear()
+    again = True
+    run(made)
+    assert not first & {name for kind, name in solved if kind is True}
+    assert not any(kind == "curve" for kind, _ in solved)
+    assert bytes_of(tmp_path / "other") == bytes_of(tmp_path / "whole")
+
+
+def test_clearing_can_be_interrupted_anywhere(place, tmp_path, monkeypatch):
+    """The run before has ended, and its result is gone: what is left of its work still leads to the same bytes."""
+    made, left = recipe(place, tmp_path / "out", resume=True), []
+
+    def stops(out):
+        left.extend(sorted(work_folder(out).iterdir()))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "clear_work", stops)
+        with pytest.raises(KeyboardInterrupt):
+            run(made)
+    whole = bytes_of(made.out)
+    assert left[0].name == "plan-all-layers.safetensors"
+    shutil.copytree(left[0].parent, tmp_path / "copy")
+    for gone in (left[:1], left[:3]):
+        shutil.rmtree(made.out)
+        shutil.copytree(tmp_path / "copy", left[0].parent, dirs_exist_ok=True)
+        for file in gone:
+            file.unlink()
+        run(made)
+        assert bytes_of(made.out) == whole
+
+
+def test_a_plan_that_has_lost_a_layer_is_refused(place, tmp_path, monkeypatch):
+    def stops(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "evaluate", stops)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe(place, tmp_path / "out"))
+    (tmp_path / "out.work" / "plan-layer-model.layers.0.mlp.up_proj.safetensors").unlink()
+    with pytest.raises(InputError, match=r"out\.work has lost layer model\.layers\.0\.mlp\.up_proj of a plan"):
+        run(recipe(place, tmp_path / "out", resume=True))
+
+
 class TestFiles:
-    @pytest.fixture
-    def interrupted(self, place, tmp_path, monkeypatch):
-        """The file of a plan, of a run that was stopped behind it."""
+    @pytest.fixture(
+        params=["plan-all-layers.safetensors", "plan-layer-model.layers.0.mlp.up_proj.safetensors"],
+        ids=["plan", "layer"],
+    )
+    def interrupted(self, place, tmp_path, monkeypatch, request):
+        """A file of a plan, of a run that was stopped behind it."""
 
         def stops(*arguments, **options):
             raise KeyboardInterrupt
@@ -118,8 +191,7 @@ class TestFiles:
             patch.setattr(pipeline, "evaluate", stops)
             with pytest.raises(KeyboardInterrupt):
                 run(recipe(place, tmp_path / "out"))
-        (file,) = (tmp_path / "out.work").iterdir()
-        return file
+        return tmp_path / "out.work" / request.param
 
     def test_truncated(self, interrupted, place, tmp_path):
         interrupted.write_bytes(interrupted.read_bytes()[:-10])
@@ -135,7 +207,7 @@ class TestFiles:
 
     @pytest.mark.parametrize("changed", [{"seed": 1}, {"samples": 21}, {"damping": 0.1}, {"pattern": "1:4"}])
     def test_of_another_run(self, interrupted, place, tmp_path, changed):
-        with pytest.raises(InputError, match=rf"{interrupted.name} is from another run: other model, data or options"):
+        with pytest.raises(InputError, match=r"plan-[a-z.-]+ is from another run: other model, data or options"):
             run(recipe(place, tmp_path / "out", resume=True, **changed))
 
     def test_without_resume_it_goes(self, interrupted, place, tmp_path):

@@ -29,9 +29,9 @@ def pruned(model, windows, **options):
 
 @PATTERNS
 def test_never_worse_on_held_out_windows_and_as_many_weights(model, make_windows, pattern):
-    windows = make_windows(count=160, length=12)
+    windows = make_windows(count=80, length=12)
     layers, plan, dense = pruned(model, windows, sparsity=0.5 if pattern else 0.7, pattern=pattern)
-    _, held_out = windows.split(16)
+    _, held_out = windows.split(8)
 
     def kl():
         return evaluate(model, held_out, dense=dense.swapped_in).kl

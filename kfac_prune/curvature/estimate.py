@@ -242,7 +242,7 @@ def _check(name: str, capture: FactorCapture) -> None:
             where = capture.broken_by(moments) or "a batch of another process"
             raise InputError(
                 f"layer {name}: its {label} hold NaN or infinity on the calibration text, first in {where}; "
-                "try --dtype float32 or bfloat16, or other text"
+                "try --dtype float32 or bfloat16, other text, or --skip-bad-batches"
             )
 
 
