@@ -174,7 +174,8 @@ def _curvature(s: Setting) -> Stage:
     sums = kept if s.groups == 1 else min(s.factor_bytes, s.room or s.factor_bytes) + s.stream_bytes
     passes = s.passes(min(s.recipe.batch_size, s.recipe.samples))
     held = passes.held / (s.dry.count if s.recipe.offload else 1) + OUTPUTS_BACKWARD * passes.output
-    return _stage(s, "curvature", _visits(s, work, s.recipe.samples, 3 * s.groups), sums + held, waiting * s.gpu)
+    work = _visits(s, work, s.recipe.samples, 3 * s.groups)
+    return _stage(s, "curvature", work, sums + held, waiting * s.gpu, waiting * (not s.gpu))
 
 
 def _covariances(s: Setting, rows: int) -> Work:
