@@ -104,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="GPU",
         help="a GPU by name, such as h100, from a table; default: --device, measured",
     )
-    estimate.add_argument("--json", metavar="FILE", help="also write the figures to this file, as JSON")
+    estimate.add_argument("--json", metavar="FILE", help="also write the figures to this file; default: none")
     for name in ("data", "eval_data", "separator", "objective", "samples", "eval_samples", "seqlen", "batch_size",
                  "sparsity", "pattern", "permute", "method", "allocation", "refit", "shots", "reconstruct", "streams",
                  "include", "ignore", "device", "dtype", "offload", "max_memory", "trust_remote_code"):  # fmt: skip
