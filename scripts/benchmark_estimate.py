@@ -4,7 +4,7 @@ For each case a process estimates, another one prunes, a third one estimates aga
 both, since a machine's speed changes while others use it. Measured seconds are those of the processor (with one thread,
 OMP_NUM_THREADS=1, what the run would take on a core of its own); the seconds on the clock are in the rows too.
 
-    OMP_NUM_THREADS=1 python scripts/benchmark_estimate.py --cases wikitext2-llama stories260K-24
+    OMP_NUM_THREADS=1 python scripts/benchmark_estimate.py --cases wikitext2-llama babyllama-24
 """
 
 from __future__ import annotations
