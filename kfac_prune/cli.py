@@ -1,4 +1,4 @@
-"""The command line: ``kfac-prune prune | compare | eval | inspect | demo | theory``; torch loads only when needed."""
+"""The command line: ``kfac-prune prune | estimate | compare | eval | inspect | demo | theory``; torch loads late."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from kfac_prune.recipe_file import read_recipe
 
 #: Characters of a message; what is quoted in it can be of any length.
 MESSAGE = 2000
+#: Stands in a recipe for text and output that a command does not use.
+UNKNOWN = "unused"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,6 +89,27 @@ def build_parser() -> argparse.ArgumentParser:
     prune.set_defaults(
         run=_prune, interrupted="nothing was written to --out; with --resume the same command goes on from OUT.work"
     )
+
+    estimate = commands.add_parser(
+        "estimate",
+        help="tell time, memory and disk of a run of prune, from the model's configuration alone",
+        description="Tell operations, seconds, peak memory and disk of every stage that prune would have with these "
+        "options, on this device (measured for a second or two) or on a named GPU. Loads no weights and reads no text.",
+    )
+    estimate.add_argument("model", nargs="?", default=argparse.SUPPRESS, help=_field("model").metadata["help"])
+    estimate.add_argument("--recipe", help="YAML file with any of these options; options given here win")
+    estimate.add_argument(
+        "--for",
+        dest="card",
+        metavar="GPU",
+        help="a GPU by name, such as h100, from a table; default: --device, measured",
+    )
+    estimate.add_argument("--json", metavar="FILE", help="also write the figures to this file; default: none")
+    for name in ("data", "eval_data", "separator", "objective", "samples", "eval_samples", "seqlen", "batch_size",
+                 "sparsity", "pattern", "permute", "method", "allocation", "refit", "shots", "reconstruct", "streams",
+                 "include", "ignore", "device", "dtype", "offload", "max_memory", "trust_remote_code"):  # fmt: skip
+        _add_option(estimate, _field(name))
+    estimate.set_defaults(run=_estimate)
 
     compare = commands.add_parser(
         "compare",
@@ -231,6 +254,18 @@ def _prune(arguments: argparse.Namespace) -> None:
     run(recipe, processes=arguments.processes, echo=_echo, quiet=_quiet())
 
 
+def _estimate(arguments: argparse.Namespace) -> None:
+    fields = read_recipe(arguments.recipe) if arguments.recipe else {}
+    recipe = Recipe(**{"data": UNKNOWN, "out": UNKNOWN, **fields, **_given(arguments)})
+    from kfac_prune.estimate import estimate, write_record
+
+    _quiet()
+    found = estimate(recipe, arguments.card)
+    _echo(found.table())
+    if arguments.json is not None:
+        write_record(found, arguments.json)
+
+
 def _compare(arguments: argparse.Namespace) -> None:
     recipe = Recipe(**_given(arguments))
     comparison = Comparison(recipe, arguments.methods, arguments.levels, arguments.seeds)
@@ -241,7 +276,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 def _eval(arguments: argparse.Namespace) -> None:
     given = _given(arguments)
-    recipe = Recipe(**{**given, "out": "unused"})  # checks types and ranges
+    recipe = Recipe(**{**given, "out": UNKNOWN})  # checks types and ranges
     from kfac_prune.measurement import measure
 
     _echo(measure(recipe, dense_source=arguments.dense, quiet=_quiet()))

@@ -56,7 +56,7 @@ def split_experts(model: nn.Module) -> list[str]:
     """
     done = []
     for name, module in list(model.named_modules()):
-        if not _can_be_split(module):
+        if not can_be_split(module):
             continue
         trial = None if module.get_parameter(MATRICES[0]).is_meta else _Trial(module)
         _split(module)
@@ -87,7 +87,7 @@ def routers(model: nn.Module) -> list[nn.Linear]:
     """The linear layers that choose among experts: in the router beside them, with one output for each."""
     found = []
     for block in model.modules():
-        counts = {module.num_experts for module in block.children() if _is_split(module) or _can_be_split(module)}
+        counts = {module.num_experts for module in block.children() if _is_split(module) or can_be_split(module)}
         for name, module in block.named_modules() if counts else ():
             if ROUTERS & set(name.split(".")) and isinstance(module, nn.Linear) and module.out_features in counts:
                 found.append(module)
@@ -99,7 +99,7 @@ def tokens_of(module: nn.Module) -> Tensor | None:
     return module.positions if isinstance(module, ExpertLinear) else None
 
 
-def _can_be_split(module: nn.Module) -> bool:
+def can_be_split(module: nn.Module) -> bool:
     """Two parameters of the known form, in a module that the experts interface runs."""
     up, down = (module._parameters.get(name) for name in MATRICES)
     if up is None or down is None or up.ndim != 3 or down.ndim != 3:

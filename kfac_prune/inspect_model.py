@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
+import torch
 from accelerate import init_empty_weights
 from transformers import PreTrainedModel
 
@@ -28,17 +30,7 @@ def describe(
     Raises:
         InputError: a model of another kind, or a pattern that matches nothing.
     """
-    config = load_config(source, trust_remote_code=trust_remote_code)
-    try:
-        own = class_with_own_widths(config)
-        with init_empty_weights():
-            if own is not None:
-                model = own(config)
-            else:
-                model = LOADERS[head_of(config) or "causal"].from_config(config, trust_remote_code=trust_remote_code)
-        model.tie_weights()
-    except Exception as error:  # settings that do not fit together raise what each model's code happens to raise
-        raise InputError(f"{source}/config.json gives no model: {reason(error)}") from error
+    model = empty_model(source, load_config(source, trust_remote_code=trust_remote_code), trust_remote_code)
     split_experts(model)
     layers = prunable_layers(model, include, ignore)
     width = max(len(layer.name) for layer in layers)
@@ -54,6 +46,34 @@ def describe(
     if len(plain) < len(layers):
         groups += "\nexperts lose weights by unstructured and n:m pruning, and no units"
     return "\n".join([*lines, coverage(model, layers), "", groups])
+
+
+def empty_model(
+    source: str, config: Any, trust_remote_code: bool = False, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The model of a configuration, without weights: parameters on the meta device.
+
+    Args:
+        source: what the configuration was loaded from, for messages.
+        config: from ``load_config``.
+        trust_remote_code: run code that comes with the checkpoint.
+        dtype: of the parameters; None is torch's default.
+
+    Raises:
+        InputError: it gives no model.
+    """
+    try:
+        own = class_with_own_widths(config)
+        with init_empty_weights():
+            if own is not None:
+                model = own(config)
+            else:
+                options: Any = {"trust_remote_code": trust_remote_code, "dtype": dtype or torch.get_default_dtype()}
+                model = LOADERS[head_of(config) or "causal"].from_config(config, **options)
+        model.tie_weights()
+    except Exception as error:  # settings that do not fit together raise what each model's code happens to raise
+        raise InputError(f"{source}/config.json gives no model: {reason(error)}") from error
+    return cast(PreTrainedModel, model)
 
 
 def structure(model: PreTrainedModel, layers: Sequence[Layer]) -> str:

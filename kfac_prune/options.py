@@ -9,7 +9,7 @@ from typing import Any
 from kfac_prune.errors import InputError, shown
 
 #: Options that name a file or a folder.
-PATHS = ("model", "data", "out", "eval_data", "dense", "recipe")
+PATHS = ("model", "data", "out", "eval_data", "dense", "recipe", "json")
 
 
 def check_text(name: str, text: str) -> None:

@@ -19,7 +19,7 @@ from kfac_prune import models, pipeline
 from kfac_prune.cli import build_parser, main
 from kfac_prune.config import Recipe
 
-COMMANDS = ("prune", "compare", "eval", "inspect", "demo", "theory")
+COMMANDS = ("prune", "estimate", "compare", "eval", "inspect", "demo", "theory")
 SMALL = ("--seqlen", "16", "--samples", "32", "--eval-samples", "8")
 
 

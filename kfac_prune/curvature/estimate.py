@@ -74,7 +74,7 @@ def estimate_factors(
     draws = draw_all(model, windows, objective, seed)
     sequences = len(windows) * len(draws) if objective.unit == "sequence" else None
     device = model.device
-    groups = _groups(layers, _half_of_free(device) if max_memory is None else max_memory)
+    groups = layer_groups(layers, _half_of_free(device) if max_memory is None else max_memory)
     found: MutableMapping[str, LayerFactors] = {}
     if len(groups) > 1:
         found = FactorShelf(device, on_disk=device.type == "cpu" or not _room_for(layers))
@@ -126,7 +126,7 @@ def _half_of_free(device: torch.device) -> int | None:
     return -ranks.largest(-(torch.cuda.mem_get_info(device)[0] + cached) // 2, device)
 
 
-def _groups(layers: Sequence[Layer], most: int | None) -> list[list[Layer]]:
+def layer_groups(layers: Sequence[Layer], most: int | None) -> list[list[Layer]]:
     """Neighbouring layers whose factors fit into so many bytes together."""
     if most is None:
         return [list(layers)]
