@@ -21,6 +21,8 @@ from kfac_prune.models import DTYPES, load_config
 from kfac_prune.objective import find_objective
 
 GIB = 2**30
+#: Share of the processor that others use, from which times are not to be trusted.
+BUSY = 0.2
 #: Of a GPU's memory, what is left to a run: the rest is the driver's and lost between allocations.
 USABLE = 0.92
 
@@ -248,6 +250,13 @@ def _notes(found: Estimate, recipe: Recipe, card: str | None) -> tuple[str, ...]
                          "--streams disk, a smaller --batch-size, or --dtype bfloat16")  # fmt: skip
         elif found.device is None:
             notes.append(f"fits: {need:.1f} GiB of {memory:.1f} in main memory")
+    if found.machine.busy > BUSY:
+        notes.append(f"{found.machine.busy:.0%} of the processor was busy with other work, which slows products of "
+                     "several threads many times, here and in a run: estimate again when it is idle")  # fmt: skip
+    widest = {name: rates[-1][1] for name, rates in found.machine.products.items()}
+    if found.device is None and widest["bfloat16"] < widest["float32"] / 2:
+        notes.append(f"this CPU multiplies the model's dtype {widest['float32'] / widest['bfloat16']:.0f} times slower "
+                     "than float32: add --dtype float32")  # fmt: skip
     if card is not None:
         notes.append("speed of the GPU: shares of its public figures, not measured; main memory is not known")
     if not _text_bytes(recipe):

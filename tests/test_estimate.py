@@ -51,6 +51,21 @@ def source(tmp_path, model):
     return save(model.config, tmp_path, type(model).__name__)
 
 
+def test_a_busy_machine_and_a_slow_dtype_are_told(tmp_path, monkeypatch):
+    source = save(LlamaConfig(num_hidden_layers=2, hidden_size=64, intermediate_size=96, vocab_size=40), tmp_path)
+    card = named("h100")
+    cpu = dataclasses.replace(card, gpu=False, host=card.memory)
+    monkeypatch.setattr("kfac_prune.estimate.measured", lambda device, dtype: cpu)
+    told = " ".join(estimate(recipe(source, device="cpu")).notes)
+    assert "busy" not in told
+    assert "--dtype" not in told
+    slow = {**card.products, "bfloat16": [(64, 1e9)]}
+    cpu = dataclasses.replace(cpu, busy=0.5, products=slow)
+    told = " ".join(estimate(recipe(source, device="cpu")).notes)
+    assert "50% of the processor was busy" in told
+    assert "times slower than float32: add --dtype float32" in told
+
+
 def dry(model):
     """The same model without weights."""
     return DryRun(empty_model("a test", model.config), CAUSAL)

@@ -48,6 +48,7 @@ class Machine:
         rank: seconds per number for the k-th largest.
         channels: bytes per second of each.
         base: bytes of main memory that the process has before a model is loaded.
+        busy: share of the processor that others used when it was measured.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Machine:
     rank: float
     channels: Mapping[str, float]
     base: float
+    busy: float = 0.0
 
     def seconds(self, work: Work) -> float:
         """That a piece of work takes."""
@@ -188,8 +190,8 @@ CPU_CHANNELS = {"link": 1e10, "disk": 1e9, "hash": 1e9, "text": 9e5}
 AMONG_OTHERS = 1.2
 #: A model's operation by its modules and autograd, in operations of torch on a tensor of eight numbers.
 CALL_FACTOR = 3.0
-#: Seconds that measuring one figure may take.
-BUDGET = 0.06
+#: Seconds that measuring one figure may take, and rounds, of which the fastest counts.
+BUDGET, ROUNDS = 0.06, 4
 
 
 def measured(device: str, dtype: torch.dtype) -> Machine:
@@ -199,7 +201,7 @@ def measured(device: str, dtype: torch.dtype) -> Machine:
         device: of torch, one that exists.
         dtype: of the model.
     """
-    base = float(psutil.Process().memory_info().rss)
+    base, busy = float(psutil.Process().memory_info().rss), psutil.cpu_percent(interval=0.2) / 100
     kind = torch.device(device).type
     kind = kind if kind in WIDTHS else "cuda"
     products: dict[Precision, Rates] = {}
@@ -214,7 +216,7 @@ def measured(device: str, dtype: torch.dtype) -> Machine:
         "float64": [(w, _factorisation(device, torch.float64, w)) for w in FACTOR_WIDTHS[kind]],
     }
     eight, many = torch.ones(8, device=device), torch.rand(2**18, device=device)
-    least = _mean(device, lambda: eight.add(eight))
+    least = _seconds(device, lambda: eight.add(eight))
     host, threads = float(psutil.virtual_memory().total), torch.get_num_threads()
     memory = host if kind == "cpu" else float(torch.cuda.get_device_properties(device).total_memory)
     return Machine(
@@ -228,33 +230,37 @@ def measured(device: str, dtype: torch.dtype) -> Machine:
         factorisations=factorisations,
         bandwidth=[(size, _bandwidth(device, size, least)) for size in MOVED[kind]],
         call=least * CALL_FACTOR if kind == "cpu" else GPU_CALL,
-        exponential=_mean(device, lambda: torch.nn.functional.silu(many)) / len(many),
-        rank=_mean(device, lambda: kth_largest(many, 2**17)) / len(many),
+        exponential=_seconds(device, lambda: torch.nn.functional.silu(many)) / len(many),
+        rank=_seconds(device, lambda: kth_largest(many, 2**17)) / len(many),
         channels=CPU_CHANNELS if kind == "cpu" else GPU_CHANNELS,
         base=base,
+        busy=busy,
     )
 
 
-def _mean(device: str, run: Callable[[], object]) -> float:
-    """Mean seconds of a few runs after the first; on a CPU of this thread, whatever else the machine does."""
+def _seconds(device: str, run: Callable[[], object]) -> float:
+    """Of one run, the least mean of some rounds; on a CPU of this thread. The rest of the machine may be busy."""
     on_gpu = torch.device(device).type == "cuda"
     clock, factor = (time.perf_counter, 1.0) if on_gpu else (time.thread_time, AMONG_OTHERS)
     run()
-    if on_gpu:
-        torch.cuda.synchronize(device)
-    runs, begin = 0, clock()
-    while runs < 3 or (clock() - begin < BUDGET and runs < 1000):
-        run()
-        runs += 1
+    least = math.inf
+    for _ in range(ROUNDS):
         if on_gpu:
             torch.cuda.synchronize(device)
-    return factor * (clock() - begin) / runs
+        runs, begin = 0, clock()
+        while runs < 1 or (clock() - begin < BUDGET / ROUNDS and runs < 1000):
+            run()
+            runs += 1
+            if on_gpu:
+                torch.cuda.synchronize(device)
+        least = min(least, (clock() - begin) / runs)
+    return factor * least
 
 
 def _product(device: str, dtype: torch.dtype, width: int) -> float:
     """FLOP/s of [ROWS, width] · [width, width]."""
     a, b = (torch.ones(rows, width, dtype=dtype, device=device) for rows in (ROWS, width))
-    return 2 * ROWS * width**2 / _mean(device, lambda: a @ b)
+    return 2 * ROWS * width**2 / _seconds(device, lambda: a @ b)
 
 
 def _factorisation(device: str, dtype: torch.dtype, width: int) -> float:
@@ -264,11 +270,11 @@ def _factorisation(device: str, dtype: torch.dtype, width: int) -> float:
     def run() -> Tensor:
         return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
 
-    return width**3 / _mean(device, run)
+    return width**3 / _seconds(device, run)
 
 
 def _bandwidth(device: str, size: int, least: float) -> float:
     """Bytes per second of an addition that reads and writes so many bytes, without the seconds of the call."""
     a, b, out = torch.ones(3, size // 12, device=device)
-    seconds = _mean(device, lambda: torch.add(a, b, out=out))
+    seconds = _seconds(device, lambda: torch.add(a, b, out=out))
     return size / max(seconds - least, seconds / 4)
