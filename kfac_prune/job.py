@@ -72,6 +72,9 @@ def begin(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
         room = 1.1 if recipe.structured else 4  # with what is left for --resume: plan, dense weights, trained blocks
         check_output(recipe.out, overwrite=recipe.overwrite, need_bytes=int(room * model.get_memory_footprint()))
     echo(coverage(model, layers))
+    if model.device.type == "cpu" and model.dtype.itemsize < 4:
+        name = str(model.dtype).removeprefix("torch.")
+        echo(f"computes in {name}, which many CPUs multiply much slower than float32: --dtype float32 may save hours")
     if recipe.skip_bad_batches:
         with stages("look for bad batches"):
             calibration = finite_windows(model, layers, calibration, objective, recipe.batch_size)

@@ -46,6 +46,12 @@ QWEN = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """The models' own initialisation, to which ``random_model`` adds."""
+    torch.manual_seed(0)
+
+
 def family(config, **options):
     return Family(lambda **more: config(**{**GROUPED, **options, **more}), "", {}, ())
 
@@ -238,7 +244,7 @@ def test_factors_are_those_of_the_tokens_that_each_expert_sees(model, plain, nea
             assert found.few.share == len(pairs) / windows.tokens
             near(found.a, torch.stack([torch.outer(a, a) for a, _ in pairs]).mean(0), FLOAT32)
         else:
-            assert found.tokens < len(pairs)
+            assert found.tokens <= len(pairs)  # an expert may be sent no padding
         g = torch.stack([d.grad for _, d in pairs])  # zero on padding
         near(found.g, g.T @ g / windows.tokens, FLOAT32)  # per token of the text
     assert sum(one.tokens for one in factors.values()) == 2 * 2 * 2 * windows.tokens  # blocks, matrices, experts each

@@ -76,6 +76,16 @@ def test_a_run_counts_the_batches_that_it_leaves_out(tmp_path, monkeypatch):
     assert math.isfinite(record["kl_measured"])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_dtype_that_may_be_slow_on_a_cpu_is_told(tmp_path, dtype):
+    save_llama(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("abcde" * 300, encoding="utf-8")
+    fields = {"samples": 4, "seqlen": 16, "device": "cpu", "dtype": dtype, "reconstruct": 0, "method": "magnitude"}
+    lines = []
+    run(Recipe(str(tmp_path / "model"), str(tmp_path / "text.txt"), str(tmp_path / "out"), **fields), echo=lines.append)
+    assert any("bfloat16" in line and "--dtype float32" in line for line in lines) == (dtype == "bfloat16")
+
+
 def test_a_layer_that_is_called_without_a_token_is_named(make_model, make_windows):
     """As an expert is to which no token is sent."""
     model = make_model("opt")

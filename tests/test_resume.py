@@ -43,6 +43,16 @@ def bytes_of(out):
     return {file.name: file.read_bytes() for file in Path(out).iterdir() if file.name not in varying}
 
 
+def stopped_behind_the_plan(made, monkeypatch):
+    def stops(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "evaluate", stops)
+        with pytest.raises(KeyboardInterrupt):
+            run(made)
+
+
 def attempt(made):
     torch.set_num_threads(1)
     run(made)
@@ -93,14 +103,7 @@ def test_neither_curvature_nor_plan_is_made_twice(fields, place, tmp_path, monke
     run(recipe(place, tmp_path / "whole", **fields))
     made = recipe(place, tmp_path / "other", resume=True, **fields)
     calls = []
-    with monkeypatch.context() as patch:
-
-        def stops(*arguments, **options):
-            raise KeyboardInterrupt
-
-        patch.setattr(pipeline, "evaluate", stops)
-        with pytest.raises(KeyboardInterrupt):
-            run(made)
+    stopped_behind_the_plan(made, monkeypatch)
     with monkeypatch.context() as patch:
         for name in ("estimate_factors", "permute_model", "make_plan"):
             patch.setattr(pipeline, name, lambda *a, name=name, **o: calls.append(name))
@@ -164,13 +167,7 @@ def test_clearing_can_be_interrupted_anywhere(place, tmp_path, monkeypatch):
 
 
 def test_a_plan_that_has_lost_a_layer_is_refused(place, tmp_path, monkeypatch):
-    def stops(*arguments, **options):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "evaluate", stops)
-        with pytest.raises(KeyboardInterrupt):
-            run(recipe(place, tmp_path / "out"))
+    stopped_behind_the_plan(recipe(place, tmp_path / "out"), monkeypatch)
     (tmp_path / "out.work" / "plan-layer-model.layers.0.mlp.up_proj.safetensors").unlink()
     with pytest.raises(InputError, match=r"out\.work has lost layer model\.layers\.0\.mlp\.up_proj of a plan"):
         run(recipe(place, tmp_path / "out", resume=True))
@@ -183,14 +180,7 @@ class TestFiles:
     )
     def interrupted(self, place, tmp_path, monkeypatch, request):
         """A file of a plan, of a run that was stopped behind it."""
-
-        def stops(*arguments, **options):
-            raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr(pipeline, "evaluate", stops)
-            with pytest.raises(KeyboardInterrupt):
-                run(recipe(place, tmp_path / "out"))
+        stopped_behind_the_plan(recipe(place, tmp_path / "out"), monkeypatch)
         return tmp_path / "out.work" / request.param
 
     def test_truncated(self, interrupted, place, tmp_path):
