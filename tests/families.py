@@ -165,7 +165,9 @@ COUPLED = Family(lambda: Olmo2Config(**GROUPED), "model.layers.{}", {}, ())  # a
 def random_model(family, dtype=torch.float32, seed=0, **options):
     """A model in evaluation mode whose every parameter matters."""
     generator = torch.Generator().manual_seed(seed)
-    model = family.auto.from_config(family.config(**options)).to(dtype)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # of the model's own initialisation
+        model = family.auto.from_config(family.config(**options)).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))

@@ -46,12 +46,6 @@ QWEN = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    """The models' own initialisation, to which ``random_model`` adds."""
-    torch.manual_seed(0)
-
-
 def family(config, **options):
     return Family(lambda **more: config(**{**GROUPED, **options, **more}), "", {}, ())
 

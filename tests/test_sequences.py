@@ -260,7 +260,7 @@ def test_a_plan_takes_it_as_any_curvature(family, method):
         assert plan.sparsity == pytest.approx(options.get("sparsity", 0.5), abs=2e-3)
         for made, layer in zip(plan.layers, layers, strict=True):
             assert not made.weight[~made.mask].any()
-            assert made.kkt < 0.1
+            assert made.kkt < 0.2  # conjugate gradients end where the objective has settled
             assert made.damping == (DampingRecord("H", 0.3 if method == "woodfisher" else 0.03),)
             assert made.bias is layer.bias or torch.equal(made.bias, layer.bias)
     assert len({layer.sparsity for layer in plan.layers}) > 1
