@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,7 +27,7 @@ from kfac_prune.experts import MATRICES, can_be_split
 from kfac_prune.models import Layer, find_blocks, only_trained, prunable_layers, reason
 from kfac_prune.objective import Objective
 from kfac_prune.products import approximately
-from kfac_prune.stream import BlockStack
+from kfac_prune.stream import BlockStack, observed
 
 
 @dataclass(frozen=True)
@@ -248,9 +248,11 @@ class DryRun:
         stack = self._stack(1, 2)
         shared: set[str] = set()  # names of layers of the first block of a kind
         for kind in self._kinds:
-            with self._running(), torch.no_grad(), _readers(stack.inside(kind[0])) as order, counted():
+            inside = stack.inside(kind[0])
+            with self._running(), torch.no_grad(), observed(inside, detach=False) as seen, counted():
                 stack.run(kind[0], 0, stack.entries[0])
-            shared |= {name for (_, before), (name, x) in pairwise(order) if x is before}
+            read = [(name, x) for name, (x, _) in seen.items()]
+            shared |= {name for (_, before), (name, x) in pairwise(read) if x is before}
         first = {names[i]: names[kind[0]] for kind in self._kinds for i in kind}
         found = []
         for layer in layers:
@@ -305,22 +307,6 @@ def _experts_forward(module: Any, hidden: Tensor, chosen: Tensor, weights: Tenso
         output = F.linear(F.silu(gate) * value, down) * weights.reshape(-1)[:share, None].to(rows.dtype)
         result = result.index_add(0, torch.zeros(share, dtype=torch.long, device=rows.device), output)
     return result.reshape(hidden.shape)
-
-
-@contextmanager
-def _readers(layers: Sequence[Layer]) -> Iterator[list[tuple[str, Tensor]]]:
-    """Within the block the layers note their names and what they read, in order of execution."""
-    order: list[tuple[str, Tensor]] = []
-
-    def note(name: str) -> Callable[..., None]:
-        return lambda module, args: order.append((name, args[0]))
-
-    handles = [layer.module.register_forward_pre_hook(note(layer.name)) for layer in layers]
-    try:
-        yield order
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -66,20 +66,20 @@ def solve_work(matrix: Matrix, method: str, pattern: str, iterations: Iterations
 
 def operator_work(matrix: Matrix, method: str) -> Work:
     """Damping: is each factor definite, in float64."""
-    work = Work()
-    for width in _factors(matrix, method):
-        work.add(Factorisation("float64", width, inverse=False))
-        work.move(12 * width**2, 5)
-        work.add(Call(), 20)
-    return work
+    return _factored(matrix, method, inverse=False, passes=5)
 
 
 def equilibrate_work(matrix: Matrix, method: str) -> Work:
     """The diagonals of the inverses, in float64, and the scaled factors."""
+    return _factored(matrix, method, inverse=True, passes=4)
+
+
+def _factored(matrix: Matrix, method: str, *, inverse: bool, passes: int) -> Work:
+    """Every factor once, in float64, and so many passes over it."""
     work = Work()
     for width in _factors(matrix, method):
-        work.add(Factorisation("float64", width, inverse=True))
-        work.move(12 * width**2, 4)
+        work.add(Factorisation("float64", width, inverse=inverse))
+        work.move(12 * width**2, passes)
         work.add(Call(), 20)
     return work
 
