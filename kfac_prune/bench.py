@@ -18,13 +18,14 @@ from kfac_prune.allocate import LossCurve
 from kfac_prune.curvature.estimate import estimate_factors
 from kfac_prune.curvature.factors import Factors
 from kfac_prune.curvature.sequences import STATISTICS, SequenceFisher
+from kfac_prune.curves import loss_curves
 from kfac_prune.data import Windows
 from kfac_prune.fisher import FisherType
 from kfac_prune.models import Layer, WeightSwap, prunable_layers
 from kfac_prune.obs import NM
 from kfac_prune.operators import Damping
 from kfac_prune.permute import permute_model
-from kfac_prune.plan import Plan, loss_curves, make_plan, prune
+from kfac_prune.plan import Plan, make_plan, prune
 from kfac_prune.probe import Probe
 from kfac_prune.problems import PruningMethod
 from kfac_prune.quality import Quality, evaluate

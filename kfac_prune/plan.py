@@ -8,25 +8,21 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from kfac_prune import ranks
 from kfac_prune.allocate import LossCurve, allocate, least_subset
 from kfac_prune.baselines import llm_surgeon, owl
 from kfac_prune.config import ALLOCATIONS
 from kfac_prune.curvature.factors import Factors
 from kfac_prune.curvature.sequences import STATISTICS, SequenceFisher
+from kfac_prune.curves import loss_curves
 from kfac_prune.errors import InputError
 from kfac_prune.linalg import kth_largest
 from kfac_prune.models import Layer, WeightSwap
-from kfac_prune.obs import FAST, NM, Unstructured, saliency, solve
+from kfac_prune.obs import FAST, NM, saliency
 from kfac_prune.operators import Damping
 from kfac_prune.probe import Probe
-from kfac_prune.problems import PlannedLayer, Problems, PruningMethod, owners
+from kfac_prune.problems import PlannedLayer, Problems, PruningMethod
 from kfac_prune.store import Journal
-
-#: Sparsities at which a layer's loss curve is computed.
-CURVE_POINTS = (0.3, 0.5, 0.7, 0.9)
 
 
 @dataclass(frozen=True)
@@ -172,34 +168,6 @@ def make_plan(
     if target is not None:
         planned = _cheapest(layers, planned, target)
     return Plan(tuple(planned), method, allocation)
-
-
-def loss_curves(
-    layers: Sequence[Layer],
-    factors: Factors,
-    *,
-    damping: Damping | None = None,
-    journal: Journal | None = None,
-    quiet: bool = True,
-) -> dict[str, LossCurve]:
-    """The predicted loss of every layer against its sparsity, under G ⊗ A, by the fast variant of the real solver.
-
-    They serve plans at any sparsity. Several processes share the layers out. Arguments as ``make_plan``.
-    """
-    problems, found = Problems(factors, "kfac", damping or Damping()), {}
-    mine = [layer for layer, process in zip(layers, owners(layers), strict=True) if process == ranks.index()]
-    for layer in tqdm(mine, desc="loss curves", unit="layer", disable=quiet):
-        finished = None if journal is None else journal.read(f"curve {layer.name}")
-        if finished is None:
-            weight, operator, _ = problems(layer)
-            losses = [solve(weight, operator, Unstructured(s), FAST).loss for s in CURVE_POINTS]
-            if journal is not None:
-                journal.write(f"curve {layer.name}", {}, {"losses": losses})
-        else:
-            losses = finished[1]["losses"]
-        found[layer.name] = LossCurve(dict(zip(CURVE_POINTS, losses, strict=True)), layer.weight.numel())
-    everything = {name: curve for part in ranks.gathered(found) for name, curve in part.items()}
-    return {layer.name: everything[layer.name] for layer in layers}
 
 
 def _by_curves(

@@ -29,12 +29,13 @@ from kfac_prune.bench import SHARED_STAGES, timed
 from kfac_prune.config import RECONSTRUCT, parse_pattern
 from kfac_prune.curvature.estimate import estimate_factors, participants
 from kfac_prune.curvature.factors import Factors
+from kfac_prune.curves import loss_curves
 from kfac_prune.data import Document, choose_texts, sequence_windows
 from kfac_prune.models import load_config, load_model, load_tokenizer, prunable_layers
 from kfac_prune.objective import find_objective
 from kfac_prune.obs import NM
 from kfac_prune.permute import permute_model
-from kfac_prune.plan import loss_curves, make_plan, prune
+from kfac_prune.plan import make_plan, prune
 from kfac_prune.probe import Probe
 from kfac_prune.reconstruction import Reconstruction, reconstruct_sparse
 from kfac_prune.structure.prune import Settings, prune_structured, weights_target

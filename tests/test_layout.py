@@ -29,7 +29,7 @@ LAYERS = (
     ("obs", "curvature"),
     ("allocate", "baselines"),
     ("problems",),
-    ("probe",),
+    ("probe", "curves"),
     ("plan",),
     ("refitting", "shots"),
     ("sublayers",),

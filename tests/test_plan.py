@@ -6,11 +6,12 @@ import torch
 from kfac_prune import plan as planning
 from kfac_prune import probe as probing
 from kfac_prune.curvature.estimate import estimate_factors
+from kfac_prune.curves import loss_curves
 from kfac_prune.errors import InputError
 from kfac_prune.models import prunable_layers
 from kfac_prune.obs import NM
 from kfac_prune.operators import Damping, quadratic_loss
-from kfac_prune.plan import loss_curves, make_plan, prune
+from kfac_prune.plan import make_plan, prune
 from kfac_prune.probe import Probe
 from kfac_prune.quality import evaluate
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kfac_prune.config import parse_pattern
 from kfac_prune.costs.dry_run import Matrix
 from kfac_prune.costs.work import Call, Factorisation, Precision, Product, Rank, Work
-from kfac_prune.plan import CURVE_POINTS
+from kfac_prune.curves import CURVE_POINTS, sampled
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,13 @@ NM_PASSES = 2
 
 
 def curve_work(matrix: Matrix) -> Work:
-    """The points of a layer's loss curve, all under one operator."""
-    one = select_work(matrix, "kfac", None, QUICK) + compensate_work(matrix, "kfac", QUICK)
-    return operator_work(matrix, "kfac") + equilibrate_work(matrix, "kfac") + one * len(CURVE_POINTS)
+    """The points of a layer's loss curve: its single saliencies, and a part of it solved under one operator."""
+    rows, columns = matrix.shape
+    part = replace(matrix, shape=(sampled(rows), sampled(columns)))
+    one = select_work(part, "kfac", None, QUICK) + compensate_work(part, "kfac", QUICK)
+    work = operator_work(matrix, "kfac") + equilibrate_work(matrix, "kfac") + equilibrate_work(part, "kfac")
+    work.add(Rank(matrix.weights))
+    return work + one * len(CURVE_POINTS)
 
 
 def solve_work(matrix: Matrix, method: str, pattern: str, iterations: Iterations) -> Work:

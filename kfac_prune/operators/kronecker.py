@@ -112,6 +112,11 @@ class Kronecker(Curvature):
         root = rho**0.5
         return inverse_of_shifted(self.g, root), inverse_of_shifted(self.a, root), root
 
+    def restricted(self, rows: Tensor, columns: Tensor) -> Kronecker:
+        """H for changes to some rows and columns alone, given by their numbers: ``G_rr ⊗ A_cc``."""
+        g = None if self.g is None else self.g[rows][:, rows].contiguous()
+        return Kronecker(self.a[columns][:, columns].contiguous(), g, out_features=len(rows))
+
     def to_dense(self) -> Tensor:
         """``kron(G, A)``."""
         g = torch.eye(self._rows, dtype=self.a.dtype, device=self.a.device) if self.g is None else self.g
