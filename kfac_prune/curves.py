@@ -35,7 +35,14 @@ def loss_curves(
 
     They serve plans at any sparsity. Several processes share the layers out. Arguments as ``make_plan``.
     """
-    problems, found = Problems(factors, "kfac", damping or Damping()), {}
+    return curves_of(layers, Problems(factors, "kfac", damping or Damping()), journal=journal, quiet=quiet)
+
+
+def curves_of(
+    layers: Sequence[Layer], problems: Problems, *, journal: Journal | None = None, quiet: bool = True
+) -> dict[str, LossCurve]:
+    """``loss_curves`` of problems whose method is K-FAC."""
+    found = {}
     mine = [layer for layer, process in zip(layers, owners(layers), strict=True) if process == ranks.index()]
     for layer in tqdm(mine, desc="loss curves", unit="layer", disable=quiet):
         finished = None if journal is None else journal.read(f"curve {layer.name}")

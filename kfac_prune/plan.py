@@ -14,7 +14,7 @@ from kfac_prune.baselines import llm_surgeon, owl
 from kfac_prune.config import ALLOCATIONS
 from kfac_prune.curvature.factors import Factors
 from kfac_prune.curvature.sequences import STATISTICS, SequenceFisher
-from kfac_prune.curves import loss_curves
+from kfac_prune.curves import curves_of
 from kfac_prune.errors import InputError
 from kfac_prune.linalg import kth_largest
 from kfac_prune.models import Layer, WeightSwap
@@ -159,7 +159,8 @@ def make_plan(
             sparsities = _global_threshold(layers, problems, sparsity)
         else:
             if curves is None:
-                curves = loss_curves(layers, factors, damping=problems.damping, journal=journal, quiet=quiet)
+                own = problems if method == "kfac" else replace(problems, method="kfac")
+                curves = curves_of(layers, own, journal=journal, quiet=quiet)
             sparsities, factor = _by_curves(layers, problems, sparsity, curves, probe, quiet)
         planned = problems.solve_all(layers, pattern, sparsities, label="solve", journal=journal, quiet=quiet)
     if probe is not None and not factor:

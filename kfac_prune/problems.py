@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 from kfac_prune import ranks
 from kfac_prune.baselines import alps, sparsegpt, wanda
-from kfac_prune.curvature.factors import Factors, Method
+from kfac_prune.curvature.factors import Factors, KnownFactors, Method
 from kfac_prune.curvature.few_tokens import FewTokens
 from kfac_prune.curvature.sequences import STATISTICS, SequenceFisher, SequenceMethod
 from kfac_prune.models import Layer
 from kfac_prune.obs import NM, THOROUGH, AdmmSchedule, Pattern, Unstructured, solve
-from kfac_prune.operators import Curvature, Damping, DampingRecord, quadratic_loss
+from kfac_prune.operators import Curvature, Damping, DampingRecord, Kronecker, quadratic_loss
 from kfac_prune.store import Journal
 
 #: How a layer can be pruned: by one of the curvatures, or by a method of the field.
@@ -97,6 +97,7 @@ class Problems:
     method: PruningMethod
     damping: Damping
     sequences: SequenceFisher | None = None
+    _known: dict[str, KnownFactors] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __call__(self, layer: Layer) -> tuple[Tensor, Curvature, list[DampingRecord]]:
         """W [out, in] in float32, its curvature, and what damping that took; for methods with a curvature."""
@@ -105,7 +106,12 @@ class Problems:
             operator, records = self.sequences.operator(layer, self.damping)
         else:
             method: Any = self.method  # callers know that it is one of ``Method``
-            operator, records = self.factors.layers[layer.name].operator(method, self.damping, where=layer.name)
+            known = self._known.get(layer.name)
+            operator, records = self.factors.layers[layer.name].operator(
+                method, self.damping, where=layer.name, known=known
+            )
+            if known is None and isinstance(operator, Kronecker):
+                self._known[layer.name] = KnownFactors(records, operator.inverse_diagonals)
         return self._weight(layer), operator, records
 
     def _weight(self, layer: Layer) -> Tensor:

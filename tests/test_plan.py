@@ -10,7 +10,7 @@ from kfac_prune.curves import loss_curves
 from kfac_prune.errors import InputError
 from kfac_prune.models import prunable_layers
 from kfac_prune.obs import NM
-from kfac_prune.operators import Damping, quadratic_loss
+from kfac_prune.operators import Damping, damping, quadratic_loss
 from kfac_prune.plan import make_plan, prune
 from kfac_prune.probe import Probe
 from kfac_prune.quality import evaluate
@@ -216,3 +216,16 @@ def test_a_pattern_cannot_remove_more_than_it_does(problem):
         make_plan(layers, factors, sparsity=0.4, pattern=NM(2, 4), allocation="uniform")
     with pytest.raises(InputError, match="method layerwise cannot allocate by 'curves'; choose uniform"):
         make_plan(layers, factors, sparsity=0.4, pattern=NM(2, 4), method="layerwise")
+
+
+def test_factors_are_damped_and_factorised_once(problem, monkeypatch):
+    """The curve, the refined curve and the solution of a layer share what factorising its damped factors told."""
+    _, _, layers, factors = problem
+    calls = []
+    monkeypatch.setattr(damping, "is_definite", lambda matrix: calls.append(1) or True)
+    once = make_plan(layers, factors, sparsity=0.5)
+    assert len(calls) == 2 * len(layers)
+    calls.clear()
+    again = make_plan(layers, factors, sparsity=0.5, curves=loss_curves(layers, factors))
+    assert len(calls) == 4 * len(layers)  # curves from before know nothing of this plan's problems
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(once.layers, again.layers, strict=True))

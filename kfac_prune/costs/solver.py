@@ -46,13 +46,24 @@ def curve_work(matrix: Matrix) -> Work:
     return work + one * len(CURVE_POINTS)
 
 
-def solve_work(matrix: Matrix, method: str, pattern: str, iterations: Iterations) -> Work:
-    """One layer pruned by a method, and what that is predicted to cost under the damped G ⊗ A."""
-    work = operator_work(matrix, "kfac") + pair_work(matrix, "kfac", "float32")
+def solve_work(matrix: Matrix, method: str, pattern: str, iterations: Iterations, *, known: bool = False) -> Work:
+    """One layer pruned by a method, and what that is predicted to cost under the damped G ⊗ A.
+
+    Args:
+        matrix: to prune.
+        method: to prune by.
+        pattern: n:m, or "unstructured".
+        iterations: of the solver.
+        known: the factors were damped and factorised before.
+    """
+    work = pair_work(matrix, "kfac", "float32")
+    if not known:
+        work += operator_work(matrix, "kfac")
     if method in ("kfac", "layerwise"):
         groups = parse_pattern(pattern)
         work += select_work(matrix, method, groups, iterations) + compensate_work(matrix, method, iterations)
-        work += equilibrate_work(matrix, method)
+        if not known:
+            work += equilibrate_work(matrix, method)
         if method != "kfac":
             work += operator_work(matrix, method)
     elif method == "sparsegpt":

@@ -214,7 +214,7 @@ def _planned_bytes(s: Setting) -> float:
 
 
 def _curves(s: Setting) -> Stage:
-    work = total(curve_work(m) + solve_work(m, "kfac", "unstructured", QUICK) for m in s.dry.matrices)
+    work = total(curve_work(m) + solve_work(m, "kfac", "unstructured", QUICK, known=True) for m in s.dry.matrices)
     work += _waiting(s, 2) + _probe(s, len(s.dry.matrices))
     on_host = s.recipe.offload * _planned_bytes(s)
     device = _planning(s, 0 if s.recipe.offload else 1) + _probe_bytes(s)
@@ -224,7 +224,9 @@ def _curves(s: Setting) -> Stage:
 def _solve(s: Setting) -> Stage:
     recipe = s.recipe
     iterations = SLOW if recipe.pattern == "unstructured" else SLOW_NM
-    work = total(solve_work(m, recipe.method, recipe.pattern, iterations) for m in s.dry.matrices) + _waiting(s, 1)
+    known = recipe.method == "kfac" and recipe.allocation == "curves" and recipe.pattern == "unstructured"
+    work = total(solve_work(m, recipe.method, recipe.pattern, iterations, known=known) for m in s.dry.matrices)
+    work += _waiting(s, 1)
     if recipe.allocation != "curves":
         work += _probe(s, s.dry.count if recipe.sparsity != 0 else 0)
     written = _planned_bytes(s) + s.stream_bytes + bool(recipe.permute) * s.bytes

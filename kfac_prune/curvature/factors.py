@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -20,6 +20,19 @@ from kfac_prune.operators import Curvature, Damping, DampingRecord, Diagonal, Kr
 ROUNDING = 1e-7
 #: The hierarchy: H = I, H diagonal, H = I ⊗ A, H = G ⊗ A.
 Method = Literal["magnitude", "obd", "layerwise", "kfac"]
+
+
+@dataclass(frozen=True)
+class KnownFactors:
+    """What factorising a layer's damped A and G told, in little memory.
+
+    Attributes:
+        damping: that was enough.
+        inverse_diagonals: see ``Kronecker``.
+    """
+
+    damping: Sequence[DampingRecord]
+    inverse_diagonals: tuple[Tensor | None, Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,7 +57,13 @@ class LayerFactors:
     few: FewTokens | None = None
 
     def operator(
-        self, method: Method, damping: Damping, *, where: str, dtype: torch.dtype = torch.float32
+        self,
+        method: Method,
+        damping: Damping,
+        *,
+        where: str,
+        dtype: torch.dtype = torch.float32,
+        known: KnownFactors | None = None,
     ) -> tuple[Curvature, list[DampingRecord]]:
         """The layer's curvature in one of the approximations.
 
@@ -56,6 +75,7 @@ class LayerFactors:
             damping: of A and G (Kronecker forms only).
             where: the layer's name, for messages.
             dtype: of the operator.
+            known: of an earlier operator from the same arguments, which spares the factorisations; None factorises.
 
         Returns:
             The operator and what damping was used.
@@ -76,11 +96,13 @@ class LayerFactors:
                     f"layer {where}: its inputs are the same for all {self.tokens} tokens of the calibration text, so "
                     "that its bias takes up any change of its weights; add text, or leave it out with --ignore"
                 )
-        a, record_a = damping(a.to(dtype), name="A", where=where)
+        records = dict.fromkeys("AG") if known is None else {record.factor: record for record in known.damping}
+        diagonals = None if known is None else known.inverse_diagonals
+        a, record_a = damping(a.to(dtype), name="A", where=where, known=records["A"])
         if method == "layerwise":
-            return Kronecker(a, None, out_features=shape[0]), [record_a]
-        g, record_g = damping(self.g.to(dtype), name="G", where=where)
-        return Kronecker(a, g), [record_a, record_g]
+            return Kronecker(a, None, out_features=shape[0], inverse_diagonals=diagonals), [record_a]
+        g, record_g = damping(self.g.to(dtype), name="G", where=where, known=records["G"])
+        return Kronecker(a, g, inverse_diagonals=diagonals), [record_a, record_g]
 
     def bias_update(self, change: Tensor) -> Tensor:
         """The bias change [out] that is optimal for a weight change D [out, in]: ``−D E[a]``."""

@@ -47,7 +47,13 @@ class Damping:
             raise ValueError(f"damping is {self.relative}; it must be above 0 and at most {MAX_RELATIVE}")
 
     def __call__(
-        self, factor: Tensor, *, name: str, where: str, entries: int | None = None
+        self,
+        factor: Tensor,
+        *,
+        name: str,
+        where: str,
+        entries: int | None = None,
+        known: DampingRecord | None = None,
     ) -> tuple[Tensor, DampingRecord]:
         """Damp a symmetric factor [n, n], or the blocks [k, n, n] of one, and make sure that it is positive definite.
 
@@ -56,6 +62,7 @@ class Damping:
             name: "A", "G" or "H", for messages.
             where: the layer's name, for messages.
             entries: of the diagonal, over which its mean is taken; None = all (blocks may be filled up with zeros).
+            known: the record that damping this very factor gave before, which is not checked again.
 
         Returns:
             The damped factor and the record of what was added.
@@ -65,6 +72,8 @@ class Damping:
         """
         diagonal = factor.diagonal(dim1=-2, dim2=-1)
         mean = float(diagonal.mean()) if entries is None else float(diagonal.sum()) / entries
+        if known is not None:
+            return shifted(factor, known.relative * mean), known
         self.of_mean(mean if torch.isfinite(factor).all() else math.nan, name=name, where=where)
         relative = self.relative
         while True:

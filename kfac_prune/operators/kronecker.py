@@ -22,9 +22,17 @@ class Kronecker(Curvature):
         a: [in, in], symmetric positive definite.
         g: [out, out], symmetric positive definite, or None for the identity.
         out_features: number of rows of W, needed only when g is None.
+        inverse_diagonals: what ``inverse_diagonals`` gave for the same factors before; None computes it when needed.
     """
 
-    def __init__(self, a: Tensor, g: Tensor | None, *, out_features: int | None = None) -> None:
+    def __init__(
+        self,
+        a: Tensor,
+        g: Tensor | None,
+        *,
+        out_features: int | None = None,
+        inverse_diagonals: tuple[Tensor | None, Tensor] | None = None,
+    ) -> None:
         rows = out_features if g is None else g.shape[0]
         if rows is None:
             raise ValueError("without G, out_features must say how many rows the weight matrix has")
@@ -32,6 +40,8 @@ class Kronecker(Curvature):
             if factor is not None and (factor.ndim != 2 or factor.shape[0] != factor.shape[1]):
                 raise ValueError(f"{name} must be a square matrix, not {list(factor.shape)}")
         self.a, self.g, self._rows = a, g, rows
+        if inverse_diagonals is not None:
+            self.inverse_diagonals = inverse_diagonals
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -54,19 +64,19 @@ class Kronecker(Curvature):
         return self._outer(None if self.g is None else self.g.diagonal(), self.a.diagonal())
 
     @cached_property
-    def _inverse_diagonals(self) -> tuple[Tensor | None, Tensor]:
-        """Diagonals of G⁻¹ [out] and A⁻¹ [in], by one Cholesky factorisation each."""
+    def inverse_diagonals(self) -> tuple[Tensor | None, Tensor]:
+        """Diagonals of G⁻¹ [out] (None with G = I) and A⁻¹ [in], by one Cholesky factorisation each."""
         diagonals = [None if f is None else inverse_from_cholesky(f).diagonal().clone() for f in (self.g, self.a)]
         assert diagonals[1] is not None
         return diagonals[0], diagonals[1]
 
     def inverse_diagonal(self) -> Tensor:
         """``[G⁻¹]_rr [A⁻¹]_cc``: [out, in]."""
-        return self._outer(*self._inverse_diagonals)
+        return self._outer(*self.inverse_diagonals)
 
     def equilibrated(self) -> tuple[Kronecker, Tensor]:
         """Both factors scaled to mean diagonal one by ``s = (diag F / diag F⁻¹)^¼``; scale = outer product."""
-        inverse_g, inverse_a = self._inverse_diagonals
+        inverse_g, inverse_a = self.inverse_diagonals
         a, scale_a = _equilibrate(self.a, inverse_a)
         if self.g is None or inverse_g is None:
             return Kronecker(a, None, out_features=self._rows), self._outer(None, scale_a)
