@@ -66,7 +66,7 @@ class Recipe:
     data: str = option(
         "", "calibration text: a .txt, .jsonl or .json file, a folder of them, or a hub data set name[:config]"
     )
-    out: str = option("", "folder for the pruned model")
+    out: str = option("", "folder for the results")
     objective: str = option(
         "auto",
         "what the model should go on computing: the distribution of tokens, that of classes, or the sentence embedding "
