@@ -200,7 +200,7 @@ class Recipe:
     )
     max_memory: float | None = option(
         None,
-        "GiB that the curvature of several layers may take at a time; for more there are further passes over the text, "
+        "GiB that the curvature of several layers may take at a time; where more is needed every block runs twice, "
         "and what is finished waits in main memory or, on a CPU, in files in the folder for temporary files (TMPDIR); "
         "not with --shots of sparse models; default: half of what is free on a GPU, no limit on a CPU",
     )

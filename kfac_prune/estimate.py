@@ -59,7 +59,7 @@ class Estimate:
         rows: its stages.
         parameters: of the model.
         weights: that can be pruned.
-        passes: over the calibration text for the curvature.
+        groups: of layers that the curvature is estimated in.
         notes: what to do, and what is not in the rows.
     """
 
@@ -67,7 +67,7 @@ class Estimate:
     rows: tuple[Row, ...]
     parameters: int
     weights: int
-    passes: int
+    groups: int
     notes: tuple[str, ...]
 
     @property
@@ -110,7 +110,7 @@ class Estimate:
         lines.append(("all", duration(self.seconds), f"{flops / 1e12:.4g}", f"{moved / 1e9:.4g}", device,
                       f"{self.host / GIB:.2f}", f"{self.disk / GIB:.2f}"))  # fmt: skip
         text = [f"{line[0]:20}" + "".join(f"{cell:>12}" for cell in line[1:]) for line in lines]
-        more = f"; {self.passes} passes for the curvature" if self.passes > 1 else ""
+        more = f"; curvature in {self.groups} groups of layers" if self.groups > 1 else ""
         text.insert(0, f"{self.parameters:,} parameters, {self.weights:,} to prune, on {self.machine.name}{more}")
         return "\n".join([*text, *self.notes])
 
@@ -120,7 +120,7 @@ class Estimate:
             "device": self.machine.name,
             "parameters": self.parameters,
             "prunable": self.weights,
-            "curvature_passes": self.passes,
+            "curvature_groups": self.groups,
             "seconds": self.seconds,
             "peak_device_bytes": self.device,
             "peak_host_bytes": self.host,

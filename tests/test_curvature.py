@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
+from kfac_prune import offload
 from kfac_prune.curvature.capture import FactorCapture, GradientMoments, InputMoments
 from kfac_prune.curvature.estimate import estimate_factors
 from kfac_prune.curvature.factors import FactorShelf, LayerFactors
@@ -20,7 +21,7 @@ from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.fisher import next_token_labels
 from kfac_prune.linalg import packed_triangle, unpacked_triangle
-from kfac_prune.models import Layer, prunable_layers
+from kfac_prune.models import Layer, find_blocks, prunable_layers
 from kfac_prune.operators import Damping, Diagonal, Kronecker, ScaledIdentity
 from kfac_prune.quality import evaluate
 
@@ -150,6 +151,37 @@ def test_groups_of_layers_give_what_all_layers_give_together(near, model, make_w
     for layer in layers:
         one, other = grouped.layers[layer.name], whole.layers[layer.name]
         assert (one.tokens, one.has_bias) == (other.tokens, other.has_bias)
+
+
+@pytest.mark.parametrize("away", [False, True], ids=["resident", "offloaded"])
+def test_groups_take_one_whole_pass_and_each_block_twice(near, monkeypatch, make_model, make_windows, away):
+    """However many groups there are: the loss is computed once, and later groups run their own blocks alone."""
+    model, windows = make_model("llama"), make_windows(4)
+    layers = prunable_layers(model)
+    if away:
+        offload.offload(model, torch.device("cpu"))
+        monkeypatch.setattr(offload._Visitor, "_is_away", lambda self: True)
+    whole = estimate_factors(model, layers, windows, seed=2)
+    blocks, runs, heads = find_blocks(model, layers)[1], Counter(), []
+    for number, block in enumerate(blocks):
+        block.register_forward_pre_hook(lambda module, args, number=number: runs.update([number]))
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, args: heads.append(1))
+    inside = len(layers) // len(blocks)
+    sizes = [4 * sum(n**2 for n in layer.shape) for layer in layers]
+    grouped = estimate_factors(model, layers, windows, seed=2, batch_size=2, max_memory=sum(sizes[:inside]))
+    assert len(heads) == 2
+    assert runs == {0: 2} | dict.fromkeys(range(1, len(blocks)), 4)
+    assert_same_factors(near, grouped, whole)
+
+
+def test_layers_outside_all_blocks_take_whole_passes(make_model, make_windows):
+    model, windows = make_model("opt"), make_windows(4)
+    layers = prunable_layers(model)
+    layers.append(Layer("a name of no block", layers[-1].module))
+    whole = estimate_factors(model, layers, windows, seed=2)
+    most = max(4 * sum(n**2 for n in layer.shape) for layer in layers)
+    grouped = estimate_factors(model, layers, windows, seed=2, max_memory=most)
+    assert torch.equal(grouped.layers[layers[-1].name].g, whole.layers[layers[-1].name].g)
 
 
 def test_a_layer_that_does_not_fit_is_refused_before_any_pass(make_model, make_windows):

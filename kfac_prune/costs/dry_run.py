@@ -112,7 +112,7 @@ class DryRun:
     def __init__(
         self, model: PreTrainedModel, objective: Objective, include: Sequence[str] = (), ignore: Sequence[str] = ()
     ) -> None:
-        self._model, self._objective = model, objective
+        self._model, self.objective = model, objective
         for module in model.modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, name, buffer.to("meta"))
@@ -134,19 +134,19 @@ class DryRun:
         """Of ``batch`` windows of ``length`` tokens."""
         windows = _windows(batch, length)
         ids = windows.input_ids.to("meta")
-        draws = draw_all(self._model, windows, self._objective, 0)
+        draws = draw_all(self._model, windows, self.objective, 0)
         with self._running(), self._outside_only(), frozen(self._model), torch.enable_grad(), _held() as held:
             with counted() as forward:
-                output = self._objective.output(self._model, ids, None)
+                output = self.objective.output(self._model, ids, None)
             with counted() as labels:
-                cotangent = self._objective.cotangent(output, draws[0], ids, None, "sampled")
+                cotangent = self.objective.cotangent(output, draws[0], ids, None, "sampled")
             with counted() as backward:
                 output.backward(cotangent)
         with torch.no_grad():
             with counted() as compared:
-                rows = self._objective.compared(output.detach(), None)
+                rows = self.objective.compared(output.detach(), None)
             with counted() as divergence:
-                self._objective.divergence(rows, rows)
+                self.objective.divergence(rows, rows)
         parts = [self._block(kind, batch, length) for kind in self._kinds]
         blocks = total(part.forward * len(kind) for part, kind in zip(parts, self._kinds, strict=True))
         behind = total(part.backward * len(kind) for part, kind in zip(parts, self._kinds, strict=True))
@@ -235,7 +235,7 @@ class DryRun:
             handle = self._blocks[0].register_forward_hook(lambda module, args, output: found.append(output))
             with self._running(), torch.no_grad(), counted():
                 try:
-                    self._objective.output(self._model, torch.zeros(1, 2, dtype=torch.long, device="meta"), None)
+                    self.objective.output(self._model, torch.zeros(1, 2, dtype=torch.long, device="meta"), None)
                 finally:
                     handle.remove()
             self._many = len(found[0]) if isinstance(found[0], tuple) else 0

@@ -12,7 +12,7 @@ from kfac_prune.config import Recipe
 from kfac_prune.costs.dry_run import DryRun, Matrix, Passes
 from kfac_prune.costs.solver import QUICK, SLOW, SLOW_NM, curve_work, solve_work, workspace_bytes
 from kfac_prune.costs.work import Call, Product, Transfer, Work, total
-from kfac_prune.curvature.estimate import layer_groups
+from kfac_prune.curvature.estimate import draws_per_window, layer_groups
 from kfac_prune.data import Windows
 from kfac_prune.probe import KEPT_BYTES, PROBE_PASSES, PROBE_TOKENS
 from kfac_prune.reconstruction import HELD_OUT, step_windows
@@ -71,7 +71,7 @@ class Setting:
 
     @property
     def groups(self) -> int:
-        """Passes over the calibration text that the curvature takes: one per group of layers."""
+        """Groups of layers that the curvature is estimated in: the first with a whole pass, others in their blocks."""
         layers: Any = self.dry.matrices  # a name and a shape are all that is asked of them
         return len(layer_groups(layers, None if self.room is None else int(self.room)))
 
@@ -165,16 +165,20 @@ def _load(s: Setting) -> Stage:
 
 def _curvature(s: Setting) -> Stage:
     work = Work()
+    later = 1 - 1 / s.groups  # share of the blocks that are passed through once more
     for passes, batches in s.over(s.recipe.samples):
         rows = min(s.recipe.batch_size, s.recipe.samples) * s.recipe.seqlen
         again = 2 if s.recipe.offload else 1  # forward passes
         once = passes.forward * again + passes.labels + passes.backward
-        work += (once * s.groups + _covariances(s, rows)) * batches
+        blocks = passes.blocks * again + passes.backward * (passes.blocks.flops / passes.forward.flops)
+        work += (once + blocks * later + _covariances(s, rows)) * batches
     kept, waiting = _factors_kept(s)
+    draws = draws_per_window(s.dry.objective)
+    waiting += (s.groups - 1) * (1 + draws) * s.tokens * s.dry.width * s.item  # streams and gradients between groups
     sums = kept if s.groups == 1 else min(s.factor_bytes, s.room or s.factor_bytes) + s.stream_bytes
     passes = s.passes(min(s.recipe.batch_size, s.recipe.samples))
     held = passes.held / (s.dry.count if s.recipe.offload else 1) + OUTPUTS_BACKWARD * passes.output
-    work = _visits(s, work, s.recipe.samples, 3 * s.groups)
+    work = _visits(s, work, s.recipe.samples, 3 * (1 + later))
     return _stage(s, "curvature", work, sums + held, waiting * s.gpu, waiting * (not s.gpu))
 
 

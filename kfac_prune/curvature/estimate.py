@@ -1,4 +1,4 @@
-"""Kronecker factors of a model's Fisher on calibration windows, in one pass or one per group of layers."""
+"""Kronecker factors of a model's Fisher on calibration windows, of all layers at once or of groups of them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from kfac_prune import ranks
 from kfac_prune.curvature.capture import FactorCapture, GradientMoments, InputMoments
 from kfac_prune.curvature.factors import Factors, FactorShelf, LayerFactors
 from kfac_prune.curvature.few_tokens import FewTokens, shrunk
+from kfac_prune.curvature.spans import Span, recorded
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.experts import ExpertLinear
 from kfac_prune.fisher import FisherType
+from kfac_prune.memory import mapped
 from kfac_prune.models import Layer, find_blocks, only_trained
 from kfac_prune.objective import CAUSAL, Objective
 
@@ -42,8 +44,9 @@ def estimate_factors(
 ) -> Factors:
     """Estimate A and G of every layer with one forward and one backward pass over the windows (per sampled label).
 
-    Where the factors of all layers need more memory than there is for them, the layers are taken in groups with a pass
-    for each. Those that are finished wait off the device (``FactorShelf``).
+    Where the factors of all layers need more memory than there is for them, the layers are taken in groups: the first
+    with the whole pass, every other with one through its own blocks (``Span``). Those that are finished wait off the
+    device (``FactorShelf``).
 
     The Fisher is the true one by default: labels are sampled (with replacement) from the model's own predictions at
     every position, so that it is the Hessian of KL(dense‖pruned) at the dense model (Martens & Grosse 2015; Kunstner
@@ -82,28 +85,37 @@ def estimate_factors(
     batches = ranks.share(list(windows.batches(size)))
     seen = sum(len(batch.input_ids) for batch in batches) * len(groups)
     streams: dict[str, Tensor] = {}
+    names, blocks = find_blocks(model, layers)
+    keep = mapped if device.type == "cpu" else Tensor.cpu
+    spans = [Span(group, names, blocks, keep) for group in groups[1:]]
     with frozen(model), tqdm(total=seen, desc="curvature", unit="seq", disable=quiet) as bar:
-        for group in groups:
-            names, blocks = find_blocks(model, layers) if not found else ([], [])
-            capture = FactorCapture(group, dict(zip(names, blocks, strict=True)), per_sequence=sequences is not None)
-            with capture.hooked():
-                for batch in batches:
+        for number, group in enumerate(groups):
+            observed = {} if number else dict(zip(names, blocks, strict=True))
+            capture = FactorCapture(group, observed, per_sequence=sequences is not None)
+            span = spans[number - 1] if number and spans[number - 1].suffices else None
+            with capture.hooked(), recorded([] if number else spans):
+                for index, batch in enumerate(batches):
                     ids = batch.input_ids.to(device)
                     mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
                     capture.token_mask = mask
                     first, last = int(batch.index[0]), int(batch.index[-1])
                     capture.batch = f"batch {first // size + 1} (windows {first + 1} to {last + 1})"
-                    with torch.enable_grad():
-                        output = objective.output(model, ids, mask)
-                    for i, draw in enumerate(draws):
-                        cotangent = objective.cotangent(output, draw[batch.index], ids, mask, fisher)
-                        output.backward(cotangent, retain_graph=i < len(draws) - 1)
+                    if span is not None:
+                        span.run(index, device)
+                    else:
+                        with torch.enable_grad():
+                            output = objective.output(model, ids, mask)
+                        for i, draw in enumerate(draws):
+                            cotangent = objective.cotangent(output, draw[batch.index], ids, mask, fisher)
+                            output.backward(cotangent, retain_graph=i < len(draws) - 1)
                     bar.update(len(ids))
             capture.add_up()
             for name in capture.blocks:
                 moments = capture.gradients[name]
                 streams[name] = moments.second / (sequences or moments.tokens)
             found.update(_finish(group, capture, sequences, windows.tokens))
+            if number:
+                spans[number - 1].clear()
     return Factors(found, streams, tokens=windows.tokens, data_sha256=windows.sha256())
 
 
