@@ -35,6 +35,8 @@ RUNS = {
     "smaller": {"structured": "ffn", "sparsity": 0.3, "shots": 1, "reconstruct": 0},
     "reconstruct": {"pattern": "2:4", "reconstruct": 1},
 }
+#: Bytes: the factors of two or three layers at a time.
+SOME_LAYERS = 12_000
 #: The reconstruction takes its steps on 3 windows here; two processes would take theirs on 4.
 DONE = {1: set(RUNS), 2: set(RUNS) - {"reconstruct"}, 3: {"diagonal", "reconstruct"}}
 
@@ -56,17 +58,18 @@ def recipe(root, name, processes):
     return Recipe(model=str(root / "model"), data=str(root / "text.txt"), out=out, **small, **RUNS[name])
 
 
-def factors_of():
+def factors_of(max_memory=None):
     model = build("opt")
     windows = random_windows(count=7, length=9, lengths=(9, 4, 7, 9, 2, 9, 5))
-    return estimate_factors(model, prunable_layers(model), windows, batch_size=2)
+    return estimate_factors(model, prunable_layers(model), windows, batch_size=2, max_memory=max_memory)
 
 
 def work(root, processes):
     """What every process does; the results of the first are looked at."""
     factors = factors_of()
     records = {name: run(recipe(root, name, processes)) for name in RUNS if name in DONE[processes]}
-    return {"layers": factors.layers, "streams": factors.streams, "records": records}
+    grouped = dict(factors_of(max_memory=SOME_LAYERS).layers)
+    return {"layers": factors.layers, "grouped": grouped, "streams": factors.streams, "records": records}
 
 
 def begin(rank, root, processes):
@@ -122,10 +125,11 @@ def several(request, place):
 
 
 class TestStages:
-    def test_factors_are_those_of_one_process(self, alone, several):
+    @pytest.mark.parametrize("how", ["layers", "grouped"])
+    def test_factors_are_those_of_one_process(self, alone, several, how):
         for mine in several:
             for name, expected in alone["layers"].items():
-                found = mine["layers"][name]
+                found = mine[how][name]
                 assert found.tokens == expected.tokens
                 for part in ("a", "mean", "g"):
                     assert_near(getattr(found, part), getattr(expected, part), 1e-6)
