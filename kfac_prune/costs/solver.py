@@ -26,9 +26,9 @@ class Iterations:
 
 
 #: At 50 %, by the fast schedule (also averaged over the points of a curve) and the thorough one; at n:m.
-QUICK = Iterations(admm=19, factorings=2.9, cg=8.5)
-SLOW = Iterations(admm=33, factorings=3.1, cg=20)
-SLOW_NM = Iterations(admm=33, factorings=3.5, cg=19)
+QUICK = Iterations(admm=19, factorings=2.0, cg=8.5)
+SLOW = Iterations(admm=33, factorings=2.2, cg=20)
+SLOW_NM = Iterations(admm=33, factorings=2.6, cg=19)
 #: Passes over [out, in] in float32 (two operands and a result) and operations of an iteration.
 ADMM_PASSES, ADMM_CALLS = 22, 60
 CG_PASSES, CG_CALLS = 6, 30
