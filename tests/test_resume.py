@@ -12,7 +12,7 @@ import pytest
 import torch
 from letters import save_llama
 
-from kfac_prune import pipeline, plan
+from kfac_prune import curves, pipeline
 from kfac_prune.config import Recipe
 from kfac_prune.errors import InputError
 from kfac_prune.obs import THOROUGH
@@ -115,7 +115,7 @@ def test_neither_curvature_nor_plan_is_made_twice(fields, place, tmp_path, monke
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
 def test_a_plan_goes_on_after_its_last_layer(place, tmp_path, monkeypatch, pattern):
     run(recipe(place, tmp_path / "whole", pattern=pattern))
-    made, solved, original = recipe(place, tmp_path / "other", pattern=pattern, resume=True), [], plan.solve
+    made, solved, original = recipe(place, tmp_path / "other", pattern=pattern, resume=True), [], curves.solve
 
     def curve(weight, operator, allowed, schedule):
         solved.append(("curve", weight.shape))
@@ -128,7 +128,7 @@ def test_a_plan_goes_on_after_its_last_layer(place, tmp_path, monkeypatch, patte
         return own(self, layer, allowed, schedule)
 
     again, own = False, Problems.solve
-    monkeypatch.setattr(plan, "solve", curve)
+    monkeypatch.setattr(curves, "solve", curve)
     monkeypatch.setattr(Problems, "solve", one)
     with pytest.raises(KeyboardInterrupt):
         run(made)

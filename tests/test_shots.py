@@ -80,7 +80,7 @@ def test_the_same_seed_gives_the_same_bytes(make_model, make_windows):
     found = []
     for seed in (3, 3, 4):
         model, windows = make_model("gpt2"), make_windows(count=24, length=12)
-        layers, plan, dense = pruned(model, windows, sparsity=0.5)
+        layers, plan, dense = pruned(model, windows, sparsity=0.7)
         correct(model, layers, plan, windows, dense.swapped_in, 1, seed=seed)
         found.append([layer.weight for layer in layers])
     assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
