@@ -105,6 +105,8 @@ def clear_work(out: str) -> None:
             # in order, so that a plan goes before the layers that it refers to, should this be interrupted
             for file in sorted((*folder.glob(f"{stage}-*.safetensors"), *folder.glob(f"{stage}-*.partial"))):
                 file.unlink()
+        for file in folder.glob(".tmp??????"):  # safetensors writes there first; one is left when it is killed
+            file.unlink()
         if not any(folder.iterdir()):
             folder.rmdir()
 

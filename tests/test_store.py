@@ -277,3 +277,12 @@ def test_an_artefact_may_hold_views_of_one_tensor(tmp_path):
     assert torch.equal(tensors["whole"], whole)
     assert torch.equal(tensors["row"], whole[1])
     assert torch.equal(tensors["same"], whole)
+
+
+def test_a_write_that_was_killed_leaves_nothing_for_good(tmp_path):
+    """safetensors writes to a name of its own in the same folder, which a killed process leaves behind."""
+    work = store.work_folder(str(tmp_path / "out"))
+    save_artifact(work / "plan-one.safetensors", {"x": torch.ones(2)}, key="k", record={})
+    (work / ".tmpd5C1gq").touch()
+    store.clear_work(str(tmp_path / "out"))
+    assert not work.exists()
