@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -99,5 +100,4 @@ def _least(weight: Tensor, curvature: Curvature) -> list[float]:
     """Sum of the least saliencies up to each sparsity."""
     ordered = saliency(weight, curvature).reshape(-1).sort().values
     counts = [round(s * len(ordered)) for s in CURVE_POINTS]
-    parts = [float(ordered[a:b].sum(dtype=torch.float64)) for a, b in zip([0, *counts], counts, strict=False)]
-    return [sum(parts[: i + 1]) for i in range(len(parts))]
+    return list(accumulate(float(ordered[a:b].sum(dtype=torch.float64)) for a, b in pairwise([0, *counts])))

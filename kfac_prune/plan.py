@@ -159,8 +159,7 @@ def make_plan(
             sparsities = _global_threshold(layers, problems, sparsity)
         else:
             if curves is None:
-                own = problems if method == "kfac" else replace(problems, method="kfac")
-                curves = curves_of(layers, own, journal=journal, quiet=quiet)
+                curves = curves_of(layers, problems, journal=journal, quiet=quiet)
             sparsities, factor = _by_curves(layers, problems, sparsity, curves, probe, quiet)
         planned = problems.solve_all(layers, pattern, sparsities, label="solve", journal=journal, quiet=quiet)
     if probe is not None and not factor:

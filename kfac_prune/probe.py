@@ -18,7 +18,7 @@ from kfac_prune.models import Layer, WeightSwap, prunable_layers
 from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.problems import PlannedLayer
 from kfac_prune.quality import compared, evaluate
-from kfac_prune.stream import BlockStack, begun_at
+from kfac_prune.stream import BlockStack, begun_at, block_of
 
 #: A measured loss below this fraction of the predicted one is taken for noise of a small sample.
 MIN_FACTOR = 0.5
@@ -77,7 +77,7 @@ class Probe:
 
     def __call__(self, layers: Sequence[Layer], planned: Sequence[PlannedLayer]) -> float:
         """KL(dense‖model with these layers pruned), nats per token; the model is dense again afterwards."""
-        first = min(self._block(layer) for layer in layers)
+        first = min(block_of(layer, self._stack.names) for layer in layers)
         swap = WeightSwap(layers)
         for layer, made in zip(layers, planned, strict=True):
             layer.assign(made.weight, made.bias)
@@ -114,7 +114,7 @@ class Probe:
         """
         groups: dict[str | int, list[int]] = {}
         for i, layer in enumerate(layers):
-            groups.setdefault(self._block(layer) if together else layer.name, []).append(i)
+            groups.setdefault(block_of(layer, self._stack.names) if together else layer.name, []).append(i)
         found: dict[str, float] = {}
         own = ranks.share(list(groups.values()))
         for members in tqdm(own, desc="probe", unit="block" if together else "layer", disable=quiet):
@@ -124,14 +124,9 @@ class Probe:
             found |= dict.fromkeys((layer.name for layer in some), factor)
         return {name: factor for part in ranks.gathered(found) for name, factor in part.items()}
 
-    def _block(self, layer: Layer) -> int:
-        """That a layer is in; −1 outside all blocks, where its effect may begin anywhere."""
-        names = self._stack.names
-        return next((i for i, name in enumerate(names) if layer.name.startswith(f"{name}.")), -1)
-
     @contextmanager
     def _begun(self, block: int, batch: int) -> Iterator[None]:
-        """Forward passes of a batch begin at a block; at −1 they are whole."""
+        """Forward passes of a batch begin at a block; at −1, of layers outside all blocks, they are whole."""
         if block < 0:
             yield
             return

@@ -29,6 +29,12 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    @classmethod
+    def split(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+        """The stream that enters a block, and the rest of what the model passes to it."""
+        rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        return (args[0] if args else kwargs["hidden_states"]), cls(args[1:], rest)
+
 
 @dataclass(frozen=True)
 class Writer:
@@ -88,10 +94,10 @@ class BlockStack:
     @contextmanager
     def _recorded(self, calls: list[Call]) -> Iterator[None]:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            stream = args[0] if args else kwargs["hidden_states"]
+            stream, call = Call.split(args, kwargs)
             if module is self.blocks[0]:
                 self.entries.append(self.keep(stream))
-            calls.append(Call(args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
+            calls.append(call)
             if module is self.blocks[-1]:
                 raise _Stopped  # what follows, the head above all, is not needed
 
@@ -127,14 +133,24 @@ class BlockStack:
         call = self._calls[batch][block]
         handle = None if until is None else until.module.register_forward_hook(_stop)
         try:
-            output: Tensor | tuple[Tensor, ...]
             output = self.blocks[block](stream.to(self.device), *call.args, **call.kwargs)
         except _Stopped:
             return stream
         finally:
             if handle is not None:
                 handle.remove()
-        return output[0] if isinstance(output, tuple) else output
+        return left(output)
+
+
+def left(output: Tensor | tuple[Any, ...]) -> Tensor:
+    """The stream in what a block returns."""
+    stream: Tensor = output[0] if isinstance(output, tuple) else output
+    return stream
+
+
+def block_of(layer: Layer, names: Sequence[str]) -> int:
+    """The number of the block that a layer is in, given the blocks' names; −1 outside all blocks."""
+    return next((i for i, name in enumerate(names) if layer.name.startswith(f"{name}.")), -1)
 
 
 @contextmanager

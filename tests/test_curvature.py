@@ -17,6 +17,7 @@ from kfac_prune import offload
 from kfac_prune.curvature.capture import FactorCapture, GradientMoments, InputMoments
 from kfac_prune.curvature.estimate import estimate_factors
 from kfac_prune.curvature.factors import FactorShelf, LayerFactors
+from kfac_prune.curvature.spans import _flows
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.fisher import next_token_labels
@@ -172,6 +173,14 @@ def test_groups_take_one_whole_pass_and_each_block_twice(near, monkeypatch, make
     assert len(heads) == 2
     assert runs == {0: 2} | dict.fromkeys(range(1, len(blocks)), 4)
     assert_same_factors(near, grouped, whole)
+
+
+def test_what_gradients_flow_to_is_found_within_arguments():
+    x = torch.ones(2, requires_grad=True)
+    for argument in (x, (None, x), {"full": (x, 1)}, [{"full": x}]):
+        assert _flows(argument)
+    for argument in (None, "full", x.detach(), (1, x.detach()), {"full": (x.detach(),)}):
+        assert not _flows(argument)
 
 
 def test_layers_outside_all_blocks_take_whole_passes(make_model, make_windows):

@@ -228,7 +228,7 @@ def _curves(s: Setting) -> Stage:
 def _solve(s: Setting) -> Stage:
     recipe = s.recipe
     iterations = SLOW if recipe.pattern == "unstructured" else SLOW_NM
-    known = recipe.method == "kfac" and recipe.allocation == "curves" and recipe.pattern == "unstructured"
+    known = recipe.allocation == "curves" and recipe.pattern == "unstructured"
     work = total(solve_work(m, recipe.method, recipe.pattern, iterations, known=known) for m in s.dry.matrices)
     work += _waiting(s, 1)
     if recipe.allocation != "curves":

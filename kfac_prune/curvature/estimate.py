@@ -89,19 +89,19 @@ def estimate_factors(
     keep = mapped if device.type == "cpu" else Tensor.cpu
     spans = [Span(group, names, blocks, keep) for group in groups[1:]]
     with frozen(model), tqdm(total=seen, desc="curvature", unit="seq", disable=quiet) as bar:
-        for number, group in enumerate(groups):
-            observed = {} if number else dict(zip(names, blocks, strict=True))
+        for group, span in zip(groups, [None, *spans], strict=True):
+            observed = dict(zip(names, blocks, strict=True)) if span is None else {}
             capture = FactorCapture(group, observed, per_sequence=sequences is not None)
-            span = spans[number - 1] if number and spans[number - 1].suffices else None
-            with capture.hooked(), recorded([] if number else spans):
+            alone = span if span is not None and span.suffices else None
+            with capture.hooked(), recorded(spans if span is None else []):
                 for index, batch in enumerate(batches):
                     ids = batch.input_ids.to(device)
                     mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
                     capture.token_mask = mask
                     first, last = int(batch.index[0]), int(batch.index[-1])
                     capture.batch = f"batch {first // size + 1} (windows {first + 1} to {last + 1})"
-                    if span is not None:
-                        span.run(index, device)
+                    if alone is not None:
+                        alone.run(index, device)
                     else:
                         with torch.enable_grad():
                             output = objective.output(model, ids, mask)
@@ -114,8 +114,8 @@ def estimate_factors(
                 moments = capture.gradients[name]
                 streams[name] = moments.second / (sequences or moments.tokens)
             found.update(_finish(group, capture, sequences, windows.tokens))
-            if number:
-                spans[number - 1].clear()
+            if span is not None:
+                span.clear()
     return Factors(found, streams, tokens=windows.tokens, data_sha256=windows.sha256())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_prune.models import Layer
-from kfac_prune.stream import Call
+from kfac_prune.stream import Call, block_of, left
 
 
 class Span:
@@ -33,7 +33,7 @@ class Span:
         blocks: Sequence[nn.Module],
         keep: Callable[[Tensor], Tensor],
     ) -> None:
-        homes = [next((i for i, name in enumerate(names) if layer.name.startswith(f"{name}.")), -1) for layer in layers]
+        homes = [block_of(layer, names) for layer in layers]
         self._blocks = list(blocks[min(homes) : max(homes) + 1]) if min(homes) >= 0 else []
         self._keep = keep
         self._calls: list[list[Call]] = []  # [batch][block]
@@ -51,16 +51,16 @@ class Span:
             yield
 
     def _called(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stream, call = Call.split(args, kwargs)
         if block is self._blocks[0]:
-            self._entries.append(self._keep((args[0] if args else kwargs["hidden_states"]).detach()))
+            self._entries.append(self._keep(stream.detach()))
             self._calls.append([])
             self._gradients.append([])
-        rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        self._calls[-1].append(Call(args[1:], rest))
+        self._calls[-1].append(call)
 
     def _left(self, block: nn.Module, args: tuple[Any, ...], output: Tensor | tuple[Any, ...]) -> None:
         waiting = self._gradients[-1]
-        _stream(output).register_hook(lambda gradient: waiting.append(self._keep(gradient)))
+        left(output).register_hook(lambda gradient: waiting.append(self._keep(gradient)))
 
     @property
     def suffices(self) -> bool:
@@ -81,7 +81,7 @@ class Span:
         with torch.enable_grad():
             stream = self._entries[batch].to(device).detach().requires_grad_()
             for block, call in zip(self._blocks, self._calls[batch], strict=True):
-                stream = _stream(block(stream, *call.args, **call.kwargs))
+                stream = left(block(stream, *call.args, **call.kwargs))
         gradients = self._gradients[batch]
         for i, gradient in enumerate(gradients):
             stream.backward(gradient.to(device), retain_graph=i < len(gradients) - 1)
@@ -100,13 +100,10 @@ def recorded(spans: Iterable[Span]) -> Iterator[None]:
         yield
 
 
-def _stream(output: Tensor | tuple[Any, ...]) -> Tensor:
-    stream: Tensor = output[0] if isinstance(output, tuple) else output
-    return stream
-
-
 def _flows(argument: Any) -> bool:
     """Gradients flow to it, or to what it holds."""
     if isinstance(argument, Tensor):
         return argument.requires_grad
+    if isinstance(argument, Mapping):
+        argument = tuple(argument.values())
     return isinstance(argument, (tuple, list)) and any(map(_flows, argument))
