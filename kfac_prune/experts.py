@@ -83,6 +83,22 @@ def whole_experts(model: nn.Module) -> Iterator[None]:
             _split(module, experts)
 
 
+def stacked(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Replace the experts' matrices in a state dict of a split model by those of the whole one; returns these.
+
+    They may have other sizes than the model's, the same for all experts of a module.
+    """
+    whole = {}
+    module: Any
+    for name, module in model.named_modules():
+        if _is_split(module):
+            for matrix in MATRICES:
+                each = [state.pop(f"{name}.{number}.{matrix}.weight") for number in range(module.num_experts)]
+                whole[f"{name}.{matrix}"] = torch.stack(each)
+    state.update(whole)
+    return whole
+
+
 def routers(model: nn.Module) -> list[nn.Linear]:
     """The linear layers that choose among experts: in the router beside them, with one output for each."""
     found = []

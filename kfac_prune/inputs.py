@@ -71,8 +71,7 @@ def load_inputs(recipe: Recipe, objective: Objective, echo: Callable[[str], None
         device="cpu" if recipe.offload else recipe.device,
         trust_remote_code=recipe.trust_remote_code,
     )
-    if not recipe.structured:  # experts lose weights, not units
-        split_experts(model)
+    split_experts(model)
     if recipe.offload:
         offload(model, torch.device(recipe.device))
     check_tokens(model, calibration, held_out)

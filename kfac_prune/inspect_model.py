@@ -10,9 +10,9 @@ from accelerate import init_empty_weights
 from transformers import PreTrainedModel
 
 from kfac_prune.errors import InputError
-from kfac_prune.experts import ExpertLinear, split_experts
+from kfac_prune.experts import split_experts
 from kfac_prune.models import LOADERS, Layer, class_with_own_widths, head_of, load_config, prunable_layers, reason
-from kfac_prune.structure.groups import FfnUnits, Group, find_ffn, find_heads, saving
+from kfac_prune.structure.groups import AttentionHeads, ExpertUnits, Group, find_heads, find_widths, saving
 from kfac_prune.structure.shrink import accepted_heads
 
 
@@ -41,11 +41,7 @@ def describe(
             f"{layer.name:{width}}  {f'{out_features} x {in_features}':>13}  {out_features * in_features:>12,}  "
             f"{'yes' if layer.bias is not None else 'no':4}  {'yes' if in_features % 4 == 0 else 'no':>8}"
         )
-    plain = [layer for layer in layers if not isinstance(layer.module, ExpertLinear)]
-    groups = structure(model, plain)
-    if len(plain) < len(layers):
-        groups += "\nexperts lose weights by unstructured and n:m pruning, and no units"
-    return "\n".join([*lines, coverage(model, layers), "", groups])
+    return "\n".join([*lines, coverage(model, layers), "", structure(model, layers)])
 
 
 def empty_model(
@@ -89,19 +85,21 @@ def structure(model: PreTrainedModel, layers: Sequence[Layer]) -> str:
         reason = "no attention with a layout in which heads can be told apart"
     except InputError as error:
         heads, reason = [], str(error)
-    groups: list[Group] = [*find_ffn(model, layers), *heads]
+    widths = find_widths(model, layers)
+    groups: list[Group] = [*widths, *heads]
     width = max((len(group.name) for group in groups), default=5)
     lines.append(f"{'group':{width}}  {'units':>20}  {'weights each':>12}")
     for group in groups:
         everything = group.everything()
-        ffn = isinstance(group, FfnUnits)
-        size = f"{len(everything)} hidden" if ffn else f"{len(everything)} x {everything.shape[1]} heads"
-        if len(everything) > 1:
-            each = f"{saving(group, everything[1:]):,}"
+        if isinstance(group, AttentionHeads):
+            size = f"{group.groups} x {group.per_group} heads"
+            one = everything[1:] if group.groups > 1 else everything[:, 1:]
         else:
-            each = f"{saving(group, everything[:, 1:]):,}" if everything.numel() > 1 else "the last"
+            many = f"{len(group.experts)} x " if isinstance(group, ExpertUnits) else ""
+            size, one = f"{many}{group.units} hidden", everything[..., 1:]
+        each = f"{saving(group, one):,}" if one.numel() else "the last"
         lines.append(f"{group.name:{width}}  {size:>20}  {each:>12}")
-    if not find_ffn(model, layers):
+    if not widths:
         lines.append("FFN units cannot be removed: no FFN has a known layout with all of its layers to be pruned")
     if not heads:
         lines.append(f"heads cannot be removed: {reason}")

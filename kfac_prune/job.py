@@ -88,7 +88,10 @@ def begin(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
             f"{ranks.count()} processes share {len(calibration)} calibration windows; add --samples, or start fewer"
         )
     if recipe.refit and not has_writers(model, calibration):
-        echo(f"no refit: the blocks of {type(model).__name__} normalise what they add to the residual stream")
+        kind = type(model).__name__
+        echo(
+            f"no refit: what the blocks of {kind} add to the residual stream is normalised first, or comes from experts"
+        )
         recipe = replace(recipe, refit=False)
     return Job(
         recipe,

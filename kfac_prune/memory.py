@@ -1,11 +1,12 @@
-"""The peak memory of this process, so far or within a block; tensors in files instead of memory."""
+"""The peak memory of this process, so far or within a block; tensors that wait in files or off the device."""
 
 from __future__ import annotations
 
 import resource
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,3 +58,52 @@ def mapped(tensor: Tensor) -> Tensor:
     with tempfile.NamedTemporaryFile(prefix="kfac-prune-") as file:
         copy = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
     return copy.view(tensor.shape).copy_(tensor)
+
+
+def arriving(batches: Iterable[tuple[Tensor, ...]], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+    """Every batch of tensors on a device; the next one is read and sent while the one before is worked on."""
+    sender = _Sender(device)
+    with ThreadPoolExecutor(1) as pool:
+        coming: Future[_Sent] | None = None
+        for batch in batches:
+            now, coming = coming, pool.submit(sender.send, batch)
+            if now is not None:
+                yield sender.received(now.result())
+        if coming is not None:
+            yield sender.received(coming.result())
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """Tensors on a device, and on a GPU what ends when their copies have."""
+
+    tensors: tuple[Tensor, ...]
+    copied: torch.cuda.Event | None = None
+
+
+class _Sender:
+    """Sends tensors to a device by a thread of its own; on a GPU by a stream of its own, from pinned memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def send(self, tensors: tuple[Tensor, ...]) -> _Sent:
+        """In the thread."""
+        if self._stream is None:
+            for tensor in tensors:
+                tensor.flatten()[:: 4096 // tensor.element_size()].sum()  # of a mapped file, this reads every page
+            return _Sent(tuple(tensor.to(self._device) for tensor in tensors))
+        with torch.cuda.stream(self._stream):
+            pinned = (tensor if tensor.is_cuda else tensor.pin_memory() for tensor in tensors)
+            sent = tuple(tensor.to(self._device, non_blocking=True) for tensor in pinned)
+            return _Sent(sent, self._stream.record_event())
+
+    def received(self, sent: _Sent) -> tuple[Tensor, ...]:
+        """Where the tensors are used."""
+        if sent.copied is not None:
+            here = torch.cuda.current_stream(self._device)
+            here.wait_event(sent.copied)
+            for tensor in sent.tensors:
+                tensor.record_stream(here)
+        return sent.tensors

@@ -7,6 +7,7 @@ nothing but torch and transformers. ``kfac_prune.load`` loads the model without 
 import copy
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 
@@ -14,16 +15,21 @@ from torch import nn
 def with_own_widths(base: Any) -> Any:
     """The model class ``base``, whose constructor gives the layers in ``config.pruned_shapes`` their own [out, in].
 
-    ``config.pruned_heads`` gives attention modules their own (query heads, key-value heads).
+    A matrix of experts there has three sizes, [experts, out, in]. ``config.pruned_heads`` gives attention modules their
+    own (query heads, key-value heads).
     """
 
     class Pruned(base):  # type: ignore[misc]
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
-            for name, (rows, columns) in config.pruned_shapes.items():
+            for name, shape in config.pruned_shapes.items():
                 parent, _, child = name.rpartition(".")
-                old = self.get_submodule(name)
-                if isinstance(old, nn.Linear):
+                old: Any = getattr(self.get_submodule(parent), child)
+                *_, rows, columns = shape
+                new: Any
+                if isinstance(old, nn.Parameter):  # of experts
+                    new = nn.Parameter(torch.empty(shape, device=old.device, dtype=old.dtype))
+                elif isinstance(old, nn.Linear):
                     new = nn.Linear(columns, rows, old.bias is not None, old.weight.device, old.weight.dtype)
                 else:  # GPT-2's Conv1D, whose weight is [in, out]
                     new = type(old)(rows, columns).to(device=old.weight.device, dtype=old.weight.dtype)

@@ -13,7 +13,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from kfac_prune import ranks
 from kfac_prune.curvature.factors import Factors
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
+from kfac_prune.memory import arriving
 from kfac_prune.models import only_trained
 from kfac_prune.offload import resident
 from kfac_prune.operators import Damping
@@ -243,6 +244,15 @@ def _journaled(problem: _Problem, settings: Reconstruction, journal: Journal | N
     return record
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """The stream that enters a block or sub-layer and the dense one after it, [B, T, d] each."""
+
+    number: int
+    stream: Tensor
+    goal: Tensor
+
+
 class _Problem:
     """The training of one block or sub-layer.
 
@@ -309,7 +319,7 @@ class _Problem:
         step, best, kept = 0, math.inf, [p.data for p in self.parameters]
         with only_trained(self._stack.blocks[self._index], self.parameters):
             for _ in range(settings.epochs):
-                for batch in torch.randperm(len(self._train), generator=generator).tolist():
+                for batch in self._arriving(torch.randperm(len(self._train), generator=generator).tolist()):
                     optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
                     step += 1
                     self._gradient(batch, masters)
@@ -322,7 +332,7 @@ class _Problem:
                     break
         return best, kept
 
-    def _gradient(self, batch: int, masters: Sequence[Tensor]) -> None:
+    def _gradient(self, batch: _Batch, masters: Sequence[Tensor]) -> None:
         """Leave the gradient of one step's objective, zero off the masks, with the float32 copies."""
         with approximately(self.part.trained):
             total, tokens = self._loss(batch)
@@ -337,23 +347,29 @@ class _Problem:
     def _objective(self) -> float:
         """Held-out objective, nats per token."""
         with torch.no_grad():
-            sums = [(float(total), tokens) for total, tokens in map(self._loss, self._held)]
+            sums = [(float(total), tokens) for total, tokens in map(self._loss, self._arriving(self._held))]
         both = torch.tensor(sums, dtype=torch.float64, device=self._metric.device).sum(0)
         total, tokens = ranks.summed(both)[0].tolist()
         return float(total / tokens)
 
-    def _loss(self, batch: int) -> tuple[Tensor, int]:
+    def _arriving(self, numbers: Sequence[int]) -> Iterator[_Batch]:
+        """Batches by their numbers, the next one on its way while one is worked on."""
+        pairs = ((self._stream[number], self.part.goals[number]) for number in numbers)
+        for number, (stream, goal) in zip(numbers, arriving(pairs, self._metric.device), strict=True):
+            yield _Batch(number, stream, goal)
+
+    def _loss(self, batch: _Batch) -> tuple[Tensor, int]:
         """Σ ½ δᵀ G δ over a batch's tokens, and their number."""
-        stack, writers, stream = self._stack, self.part.writers, self._stream[batch].to(self._metric.device)
+        stack, writers, stream = self._stack, self.part.writers, batch.stream
         if writers is None:
-            stream = stack.run(self._index, batch, stream)
+            stream = stack.run(self._index, batch.number, stream)
         else:
             with observed([w.layer for w in writers], detach=False) as seen:
-                stack.run(self._index, batch, stream, until=writers[-1].layer)
+                stack.run(self._index, batch.number, stream, until=writers[-1].layer)
             for writer in writers:
                 stream = stream + writer.factor * seen[writer.layer.name][1].reshape(stream.shape)
-        delta = (stream - self.part.goals[batch].to(stream.device)).float().flatten(0, 1)  # [B T, d]
-        mask = stack.masks[batch]
+        delta = (stream - batch.goal).float().flatten(0, 1)  # [B T, d]
+        mask = stack.masks[batch.number]
         if mask is not None:
             delta = delta[mask.reshape(-1)]
         return 0.5 * ((delta @ self._metric.float()) * delta).sum(), len(delta)

@@ -206,6 +206,7 @@ def shrunk_record(
         "kl_predicted": best.predicted,
         "kl_calibration": best.kl,
         "groups": {name: {"before": list(b), "after": list(a)} for name, (b, a) in best.sizes.items()},
+        "experts_without_tokens": list(best.unseen),
         "other_plans": [{"widths": o.widths, "shots": o.shots, "kl_calibration": o.kl} for o in others],
         "speed": dict(zip(("dense", "pruned"), (asdict(s) for s in speed), strict=True)),
         "refit": recipe.refit,

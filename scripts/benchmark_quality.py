@@ -112,6 +112,20 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def model_folder(name: str, arguments: argparse.Namespace) -> Path:
+    """Where a model lies."""
+    if not MODELS[name].larger:
+        return Path(arguments.reference / "models" / name)
+    if arguments.larger is None:
+        raise SystemExit(f"{name} is not among the reference models: name the folder that holds it with --larger")
+    return Path(arguments.larger / name)
+
+
+def batch_windows(name: str) -> int:
+    """Windows per forward pass."""
+    return 4 if MODELS[name].larger else 16
+
+
 def windows(tokenizer: Any, subject: Subject, reference: Path, length: int) -> tuple[Windows, Windows]:
     """Calibration and test windows of a reference model."""
     train, test = (str(reference / "text" / text) for text in subject.texts)
@@ -130,14 +144,11 @@ class Benchmark:
     """
 
     def __init__(self, name: str, arguments: argparse.Namespace) -> None:
-        self.name, self.arguments, subject = name, arguments, MODELS[name]
-        if subject.larger and arguments.larger is None:
-            raise SystemExit(f"{name} is not among the reference models: name the folder that holds it with --larger")
-        folder = arguments.larger if subject.larger else arguments.reference / "models"
-        model = load_model(str(folder / name), dtype="float32")
-        tokenizer, length = load_tokenizer(str(folder / name)), min(context_length(model) or 256, 256)
-        calibration, test = windows(tokenizer, subject, arguments.reference, length)
-        self.bench = Bench(model, calibration, test, batch_size=4 if subject.larger else 16)
+        self.name, self.arguments, folder = name, arguments, str(model_folder(name, arguments))
+        model, tokenizer = load_model(folder, dtype="float32"), load_tokenizer(folder)
+        length = min(context_length(model) or 256, 256)
+        calibration, test = windows(tokenizer, MODELS[name], arguments.reference, length)
+        self.bench = Bench(model, calibration, test, batch_size=batch_windows(name))
 
     def run(self, method: str, level: str) -> None:
         """The cells of one method at one level: one shot, then each repair from there."""

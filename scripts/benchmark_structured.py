@@ -4,6 +4,7 @@ The protocol is that of scripts/benchmark_quality.py. Every cell is one JSON lin
 tables in README.md are written from those lines. Prefill and decode are timed dense and pruned in turns.
 
     python scripts/benchmark_structured.py --models babyllama-tok361 --out benchmarks/structured.jsonl
+    python scripts/benchmark_structured.py --models smollm2-135m --larger FOLDER --levels 20
     python scripts/benchmark_structured.py --speed      # prefill and decode of a larger model with random weights
     python scripts/benchmark_structured.py --table      # only rewrite README's tables
 """
@@ -11,11 +12,12 @@ tables in README.md are written from those lines. Prefill and decode are timed d
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_quality import MODELS, ROOT, commit, replace_between, windows
+from benchmark_quality import MODELS, ROOT, batch_windows, commit, model_folder, replace_between, windows
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
@@ -26,7 +28,7 @@ from kfac_prune.models import context_length, load_model, load_tokenizer, prunab
 from kfac_prune.quality import evaluate
 from kfac_prune.reconstruction import Reconstruction
 from kfac_prune.report import peak_memory_bytes, versions
-from kfac_prune.structure.groups import FfnUnits, find_heads
+from kfac_prune.structure.groups import FfnUnits, consumers_of, find_heads
 from kfac_prune.structure.latency import speeds
 from kfac_prune.structure.prune import Settings, Shrunk, find_groups, prune_structured, weights_target
 from kfac_prune.structure.repair import reconstruct_smaller
@@ -35,19 +37,26 @@ from kfac_prune.structure.shrink import Cut, shrink
 LEVELS = (10, 20, 30, 40, 50)
 #: Row of the table -> settings. All of them measure their cost curves and keep the better kind of plan.
 METHODS = {
-    "magnitude": Settings(method="magnitude", shots=1, refit=False, batch_size=16),
-    "layerwise": Settings(method="layerwise", shots=1, refit=False, batch_size=16),
-    "kfac": Settings(method="kfac", shots=1, refit=False, batch_size=16),
-    "kfac+refit": Settings(batch_size=16),
+    "magnitude": Settings(method="magnitude", shots=1, refit=False),
+    "layerwise": Settings(method="layerwise", shots=1, refit=False),
+    "kfac": Settings(method="kfac", shots=1, refit=False),
+    "kfac+refit": Settings(),
+}
+#: Row of a method -> row of what its reconstruction gives.
+RECONSTRUCTED = {
+    "magnitude": "magnitude+reconstruction",
+    "layerwise": "layerwise+reconstruction",
+    "kfac+refit": "kfac+reconstruction",
 }
 LABELS = {
     "magnitude": "magnitude",
     "layerwise": "layer-wise (G = I)",
     "kfac": "K-FAC",
     "kfac+refit": "K-FAC + refit, shots",
+    "magnitude+reconstruction": "magnitude + reconstruction",
+    "layerwise+reconstruction": "layer-wise (G = I) + reconstruction",
     "kfac+reconstruction": "**K-FAC + refit, shots + reconstruction (default)**",
 }
-SMALL = [name for name, subject in MODELS.items() if not subject.larger]
 SPEED_MODEL = "random Llama, 8 blocks of width 1024"
 BEGIN, END = "<!-- structured table: begin -->", "<!-- structured table: end -->"
 
@@ -57,7 +66,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, default=ROOT.parent / "shared" / "reference",
                         help="folder with models/ and text/; default: %(default)s")  # fmt: skip
-    parser.add_argument("--models", nargs="+", choices=SMALL, default=SMALL, help="default: all")
+    parser.add_argument("--larger", type=Path, help="folder with smollm2-135m; needed for it only")
+    small = [name for name, subject in MODELS.items() if not subject.larger]
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=small, help="default: the small ones")
     parser.add_argument("--levels", nargs="+", type=int, default=LEVELS, help="percent removed; default: %(default)s")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "structured.jsonl",
@@ -90,19 +101,19 @@ def main() -> None:
 
 def run_model(name: str, arguments: argparse.Namespace) -> Any:
     """Yield one row per level and method."""
-    model = load_model(str(arguments.reference / "models" / name), dtype="float32")
+    folder, batch_size = str(model_folder(name, arguments)), batch_windows(name)
+    model, tokenizer = load_model(folder, dtype="float32"), load_tokenizer(folder)
     length = min(context_length(model) or 256, 256)
-    tokenizer = load_tokenizer(str(arguments.reference / "models" / name))
     calibration, test = windows(tokenizer, MODELS[name], arguments.reference, length)
     layers = prunable_layers(model)
     kinds: Any = ("ffn", "heads") if find_heads(model, layers) else ("ffn",)
-    consumers = [group.consumer for group in find_groups(model, layers, kinds)]
-    factors = estimate_factors(model, consumers, calibration, batch_size=16)
+    consumers = consumers_of(find_groups(model, layers, kinds))
+    factors = estimate_factors(model, consumers, calibration, batch_size=batch_size)
     total = sum(layer.weight.numel() for layer in layers)
-    dense = evaluate(model, test, batch_size=16)
+    dense = evaluate(model, test, batch_size=batch_size)
 
     def row(method: str, percent: int, best: Shrunk, others: list[Shrunk], seconds: float) -> dict[str, Any]:
-        quality = evaluate(best.model, test, dense=model, batch_size=16)
+        quality = evaluate(best.model, test, dense=model, batch_size=batch_size)
         before, after = speeds([model, best.model], length)
         return {
             "model": name,
@@ -135,16 +146,15 @@ def run_model(name: str, arguments: argparse.Namespace) -> Any:
             target = weights_target(model, layers, percent / 100)
             start = time.perf_counter()
             try:
-                best, others = prune_structured(
-                    model, layers, calibration, target, kinds=kinds, settings=METHODS[method]
-                )
+                settings = replace(METHODS[method], batch_size=batch_size)
+                best, others = prune_structured(model, layers, calibration, target, kinds=kinds, settings=settings)
             except InputError as error:  # FFNs alone do not hold half of the weights
                 print(f"{name} {percent} %: {error}", flush=True)
                 continue
             yield row(method, percent, best, others, time.perf_counter() - start)
-            if method == "kfac+refit":
+            if method in RECONSTRUCTED:
                 reconstruct_smaller(model, best.model, layers, factors, calibration, Reconstruction(RECONSTRUCT))
-                yield row("kfac+reconstruction", percent, best, others, time.perf_counter() - start)
+                yield row(RECONSTRUCTED[method], percent, best, others, time.perf_counter() - start)
 
 
 def speed_rows() -> Any:
@@ -195,7 +205,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Loss increase per model, method and level."""
     lines = ["| model | method | " + " | ".join(f"{p}%" for p in LEVELS) + " |", "|---|---|" + "---|" * len(LEVELS)]
     cells = {(r["model"], r["method"], r["percent"]): r for r in rows}
-    for model in SMALL:
+    for model in MODELS:
         for method, label in LABELS.items():
             found = [cells.get((model, method, percent)) for percent in LEVELS]
             if any(found):

@@ -41,6 +41,11 @@ def curvature_of(group, seed=0, condition=100.0):
     return normal(WIDTH, columns, seed=seed), curvature
 
 
+def problem_of(group):
+    """What ``options_of`` asks for."""
+    return lambda member: ColumnProblem.of(*curvature_of(member))
+
+
 def dense_cost(weight, curvature, gone):
     mask = torch.ones(weight.shape, dtype=torch.bool)
     mask[:, gone] = False
@@ -191,7 +196,7 @@ class TestHeadOptions:
 class TestOptionsOf:
     @pytest.mark.parametrize("group", [ffn(10), attention(3, 2)], ids=["ffn", "heads"])
     def test_the_first_keeps_everything(self, group):
-        first, *rest = options_of(group, *curvature_of(group), 4)
+        first, *rest = options_of(group, problem_of(group), 4)
         assert torch.equal(first.kept, group.everything())
         assert (first.saving, first.cost) == (0, 0.0)
         assert all(option.saving > 0 and option.cost > 0 for option in rest)
@@ -201,7 +206,7 @@ class TestOptionsOf:
         weight, h = normal(WIDTH, 9, seed=1), normal(WIDTH, 9, seed=2).square() + 0.01
         own = [sum(0.5 * float(h[r, c] * weight[r, c] ** 2) for r in range(WIDTH)) for c in range(9)]
         by_saliency = sorted(range(9), key=own.__getitem__)
-        for i, option in enumerate(options_of(group, weight, Diagonal(h), 1)):
+        for i, option in enumerate(options_of(group, lambda member: ColumnProblem.of(weight, Diagonal(h)), 1)):
             assert option.kept.tolist() == sorted(by_saliency[i:])
             assert option.cost == pytest.approx(sum(own[j] for j in by_saliency[:i]))
 
@@ -237,7 +242,7 @@ class TestCorrected:
 
     def test_keeps_selections_savings_and_the_free_first(self):
         group = ffn(16)
-        options = options_of(group, *curvature_of(group), 2)
+        options = options_of(group, problem_of(group), 2)
         after, _ = self.measured_sizes(options, lambda s: 3.0)
         for new, old in zip(after, options, strict=True):
             assert new.saving == old.saving

@@ -112,7 +112,7 @@ class TestProblem:
         curves = problem.curves(None, multiple=16)
         for group in problem.groups:
             option = curves[group.name][1]
-            cut, masked = problem.cut(group, option), copy.deepcopy(model)
+            (cut,), masked = problem.cuts(group, option), copy.deepcopy(model)
             consumer = Layer(group.consumer.name, masked.get_submodule(group.consumer.name))
             dense = torch.zeros(consumer.shape)
             dense[:, group.columns(option.kept)] = cut.weight
@@ -123,7 +123,7 @@ class TestProblem:
         model, windows = make_model(family), make_windows(count=8, length=12)
         problem = problem_of(model, windows, KINDS[family])
         for group in problem.groups:
-            cut = problem.cut(group, Option(group.everything(), 0, 0.0))
+            (cut,) = problem.cuts(group, Option(group.everything(), 0, 0.0))
             torch.testing.assert_close(cut.weight, group.consumer.weight, rtol=0, atol=1e-5)
             if cut.bias is not None:
                 torch.testing.assert_close(cut.bias, group.consumer.bias, rtol=0, atol=1e-5)
@@ -135,7 +135,7 @@ class TestProblem:
         problem = problem_of(model, windows, ("ffn",))
         for group in problem.groups:
             mean = problem.factors.layers[group.consumer.name].mean
-            cut = problem.cut(group, problem.curves(None, multiple=8)[group.name][3])
+            (cut,) = problem.cuts(group, problem.curves(None, multiple=8)[group.name][3])
             before = group.consumer.weight @ mean + group.consumer.bias
             torch.testing.assert_close(cut.weight @ mean[cut.kept] + cut.bias, before, rtol=0, atol=1e-4)
 
@@ -143,7 +143,7 @@ class TestProblem:
         model, windows = make_model("opt"), make_windows(count=8, length=12)
         problem = problem_of(model, windows, ("ffn",), "magnitude")
         for group in problem.groups:
-            cut = problem.cut(group, problem.curves(None, multiple=8)[group.name][2])
+            (cut,) = problem.cuts(group, problem.curves(None, multiple=8)[group.name][2])
             assert torch.equal(cut.weight, group.consumer.weight[:, cut.kept])
             assert torch.equal(cut.bias, group.consumer.bias)
 

@@ -11,14 +11,15 @@ from itertools import combinations, product
 import torch
 from torch import Tensor
 
-from kfac_prune.operators import Curvature
-from kfac_prune.structure.groups import AttentionHeads, FfnUnits, Group, saving
+from kfac_prune.structure.groups import AttentionHeads, ExpertUnits, FfnUnits, Group, Member, saving
 from kfac_prune.structure.removal import ColumnProblem, cheapest, cheapest_each, removal_order
 
 #: Choices of heads that are all compared at most; beyond it they are removed greedily.
 EXHAUSTIVE = 512
 #: Fractions of a group's weights, removed, at which a curve is measured.
 MEASURED = (0.15, 0.3, 0.5, 0.7, 0.85)
+#: Grouped products of experts want rows of whole 16 bytes; in 16 bits these are so many numbers.
+EXPERTS_MULTIPLE = 8
 #: Nats per token; a smaller measured cost is rounding.
 LEAST = 1e-9
 
@@ -46,6 +47,15 @@ def ffn_options(group: FfnUnits, problem: ColumnProblem, multiple: int) -> list[
     for width in range((n - 1) // multiple * multiple, 0, -multiple):
         kept = order[n - width :].sort().values
         options.append(Option(kept, saving(group, kept), float(costs[n - width - 1])))
+    return options
+
+
+def expert_options(each: Sequence[Sequence[Option]]) -> list[Option]:
+    """All widths, from the options of every expert at the same widths."""
+    options = []
+    for same in zip(*each, strict=True):
+        kept = torch.stack([option.kept for option in same])
+        options.append(Option(kept, sum(option.saving for option in same), sum(option.cost for option in same)))
     return options
 
 
@@ -87,18 +97,26 @@ def _fewer_queries(group: AttentionHeads, problem: ColumnProblem, heads: Tensor)
         yield kept
 
 
-def _others(group: Group, kept: Tensor) -> Tensor:
+def _others(group: Member, kept: Tensor) -> Tensor:
     """The consumer's columns that go."""
     columns = group.columns(group.everything())
     return columns[~torch.isin(columns, group.columns(kept))]
 
 
-def options_of(group: Group, weight: Tensor, curvature: Curvature, multiple: int) -> list[Option]:
-    """All sizes that a group can have, by increasing saving; the first keeps everything."""
-    problem = ColumnProblem.of(weight, curvature)
+def options_of(group: Group, problem: Callable[[Member], ColumnProblem], multiple: int) -> list[Option]:
+    """All sizes that a group can have, by increasing saving; the first keeps everything.
+
+    Args:
+        group: of any kind.
+        problem: the removal of the columns of a member's consumer.
+        multiple: of FFN widths.
+    """
+    if isinstance(group, ExpertUnits):
+        multiple = math.lcm(multiple, EXPERTS_MULTIPLE)
+        return expert_options([ffn_options(one, problem(one), multiple) for one in group.experts])
     if isinstance(group, FfnUnits):
-        return ffn_options(group, problem, multiple)
-    return head_options(group, problem)
+        return ffn_options(group, problem(group), multiple)
+    return head_options(group, problem(group))
 
 
 def corrected(options: Sequence[Option], measure: Callable[[Option], float]) -> list[Option]:

@@ -1,4 +1,4 @@
-"""What falls together when a transformer is made smaller: FFN hidden units, and attention heads.
+"""What falls together when a transformer is made smaller: FFN hidden units, those of experts, and attention heads.
 
 Removing a unit means removing a column of its *consumer* (the layer that reads it: down projection, attention output)
 and the rows of its *producers*. Which layers these are is told by the table of layouts below, not by families: most
@@ -15,12 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kfac_prune.errors import InputError
+from kfac_prune.experts import ExpertLinear
 from kfac_prune.models import Layer, prunable_layers
 
 #: Producers (below one module) and consumer of FFN units; a single producer may stack gate and up.
 FFN_LAYOUTS = (
     (("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Qwen, Gemma, Olmo, Granite
-    (("gate_up_proj",), "down_proj"),  # Phi-3
+    (("gate_up_proj",), "down_proj"),  # Phi-3; an expert
     (("fc1",), "fc2"),  # OPT, ViT
     (("c_fc",), "c_proj"),  # GPT-2
     (("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX
@@ -57,6 +58,14 @@ class FfnUnits:
         """The selection that keeps all."""
         return torch.arange(self.units)
 
+    def size(self, kept: Tensor) -> tuple[int, ...]:
+        """Of a selection: (units,)."""
+        return (len(kept),)
+
+    def members(self, kept: Tensor) -> list[tuple[Member, Tensor]]:
+        """Itself, with the selection."""
+        return [(self, kept)]
+
     def columns(self, kept: Tensor) -> Tensor:
         """Columns of the consumer that stay."""
         return kept
@@ -67,6 +76,38 @@ class FfnUnits:
             (layer, torch.cat([kept + start for start in range(0, layer.shape[0], self.units)]))
             for layer in self.producers
         ]
+
+
+@dataclass(frozen=True)
+class ExpertUnits:
+    """The hidden units of the experts of one module. A selection is an int64 tensor [experts, kept], its rows sorted.
+
+    Every expert keeps as many units as the others, since a checkpoint holds their matrices as one tensor, but others.
+
+    Attributes:
+        name: of the module that holds the experts.
+        experts: all of them.
+    """
+
+    name: str
+    experts: tuple[FfnUnits, ...]
+
+    @property
+    def units(self) -> int:
+        """How many every expert has."""
+        return self.experts[0].units
+
+    def everything(self) -> Tensor:
+        """The selection that keeps all."""
+        return torch.arange(self.units).repeat(len(self.experts), 1)
+
+    def size(self, kept: Tensor) -> tuple[int, ...]:
+        """Of a selection: (units of every expert,)."""
+        return (kept.shape[1],)
+
+    def members(self, kept: Tensor) -> list[tuple[Member, Tensor]]:
+        """Every expert with its selection."""
+        return list(zip(self.experts, kept, strict=True))
 
 
 @dataclass(frozen=True)
@@ -95,6 +136,14 @@ class AttentionHeads:
         """The selection that keeps all."""
         return torch.arange(self.groups * self.per_group).view(self.groups, self.per_group)
 
+    def size(self, kept: Tensor) -> tuple[int, ...]:
+        """Of a selection: (KV groups, query heads in each)."""
+        return tuple(kept.shape)
+
+    def members(self, kept: Tensor) -> list[tuple[Member, Tensor]]:
+        """Itself, with the selection."""
+        return [(self, kept)]
+
     def _wide(self, heads: Tensor) -> Tensor:
         return (heads.reshape(-1, 1) * self.head_dim + torch.arange(self.head_dim)).reshape(-1)
 
@@ -111,14 +160,24 @@ class AttentionHeads:
         return [(self.producers[0], torch.cat([q, kv + k, kv + v]))]
 
 
-Group = FfnUnits | AttentionHeads
+#: What has one consumer, and what is given a size.
+Member = FfnUnits | AttentionHeads
+Group = Member | ExpertUnits
+
+
+def consumers_of(groups: Sequence[Group]) -> list[Layer]:
+    """The layers that read the units of the groups."""
+    return [member.consumer for group in groups for member, _ in group.members(group.everything())]
 
 
 def saving(group: Group, kept: Tensor) -> int:
     """How many weights go with all that is not kept (biases not counted)."""
-    out, columns = group.consumer.shape
-    rows = sum((layer.shape[0] - len(r)) * layer.shape[1] for layer, r in group.rows(kept))
-    return out * (columns - len(group.columns(kept))) + rows
+    total = 0
+    for member, stays in group.members(kept):
+        out, columns = member.consumer.shape
+        rows = sum((layer.shape[0] - len(r)) * layer.shape[1] for layer, r in member.rows(stays))
+        total += out * (columns - len(member.columns(stays))) + rows
+    return total
 
 
 def find_ffn(model: PreTrainedModel, layers: Sequence[Layer]) -> list[FfnUnits]:
@@ -137,6 +196,24 @@ def find_ffn(model: PreTrainedModel, layers: Sequence[Layer]) -> list[FfnUnits]:
         if fits and (not coupled or consumer.shape[0] == consumer.shape[1]):
             found.append(FfnUnits(name, producers, consumer))
     return found
+
+
+def find_widths(model: PreTrainedModel, layers: Sequence[Layer]) -> list[FfnUnits | ExpertUnits]:
+    """What has a width of its own: the FFNs of ``find_ffn``, with the experts of one module as one.
+
+    Experts are left out where some of their module are not among ``layers``.
+    """
+    found: dict[str, FfnUnits | ExpertUnits] = {}
+    experts: dict[str, list[FfnUnits]] = {}
+    for ffn in find_ffn(model, layers):
+        if not isinstance(ffn.consumer.module, ExpertLinear):
+            found[ffn.name] = ffn
+            continue
+        module = ffn.name.rpartition(".")[0]
+        experts.setdefault(module, []).append(ffn)
+        if len(experts[module]) == model.get_submodule(module).num_experts:
+            found[module] = ExpertUnits(module, tuple(experts[module]))
+    return list(found.values())
 
 
 def find_heads(model: PreTrainedModel, layers: Sequence[Layer]) -> list[AttentionHeads]:

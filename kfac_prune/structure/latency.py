@@ -8,6 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,10 +22,11 @@ from transformers import PreTrainedModel
 from kfac_prune import ranks
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
+from kfac_prune.experts import whole_experts
 from kfac_prune.models import prunable_layers
 from kfac_prune.stream import BlockStack
 from kfac_prune.structure.curves import Option, interpolated
-from kfac_prune.structure.groups import AttentionHeads, FfnUnits, Group, find_ffn, find_heads
+from kfac_prune.structure.groups import AttentionHeads, ExpertUnits, FfnUnits, Group, Member, find_ffn, find_heads
 from kfac_prune.structure.prune import Target
 from kfac_prune.structure.shrink import Cut, shrink
 
@@ -71,8 +73,9 @@ def speeds(models: Sequence[PreTrainedModel], length: int) -> list[Speed]:
             repeats=1,
         )
 
-    with torch.inference_mode():
+    with torch.inference_mode(), ExitStack() as whole:
         for model in models:
+            whole.enter_context(whole_experts(model))
             prefill(model)  # the first pass pays for kernels and memory
         rounds = [
             [(milliseconds(partial(prefill, m), m.device, repeats=1), decode(m) if generates else 0.0) for m in models]
@@ -154,7 +157,7 @@ def latency_table(model: PreTrainedModel, groups: Sequence[Group], length: int) 
     return LatencyTable(tuple((n, t) for n, t in entry["ffn"]), tuple((g, q, t) for g, q, t in entry["heads"]))
 
 
-def _time_block(model: PreTrainedModel, group: Group, kept: Tensor, length: int) -> float:
+def _time_block(model: PreTrainedModel, group: Member, kept: Tensor, length: int) -> float:
     columns = group.columns(kept).to(group.consumer.weight.device)
     smaller = shrink(model, [Cut(group, kept, group.consumer.weight[:, columns], group.consumer.bias)])
     window = Windows(torch.zeros(1, length, dtype=torch.int64))
@@ -170,8 +173,13 @@ def latency_target(model: PreTrainedModel, groups: Sequence[Group], length: int,
     """Bring the forward pass over one window [1, length] down to so many milliseconds on this device.
 
     Raises:
-        InputError: the dense model is that fast already.
+        InputError: the dense model is that fast already, or has experts.
     """
+    if any(isinstance(group, ExpertUnits) for group in groups):
+        raise InputError(
+            "--target-latency cannot tell how long experts take: it depends on how many tokens reach each; use "
+            "--sparsity or --target-params, or --structured heads"
+        )
     (dense,) = ranks.told(speeds([model], length))
     if wanted_ms >= dense.prefill_ms:
         raise InputError(

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -18,9 +20,9 @@ from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.operators import Curvature, Damping
 from kfac_prune.quality import evaluate
 from kfac_prune.structure.curves import Option, corrected, options_of
-from kfac_prune.structure.groups import AttentionHeads, FfnUnits, Group
-from kfac_prune.structure.removal import compensated
-from kfac_prune.structure.shrink import Cut, accepted_heads
+from kfac_prune.structure.groups import AttentionHeads, Group, Member, consumers_of
+from kfac_prune.structure.removal import ColumnProblem, compensated
+from kfac_prune.structure.shrink import Cut, accepted_heads, ffn_kind
 
 #: What an option saves, in the unit of the target: weights, or milliseconds.
 Saving = Callable[[Group, Option], float]
@@ -33,7 +35,7 @@ class Problem:
     Attributes:
         model: to be cut; its weights are changed only while a size is measured.
         groups: all that may lose units.
-        factors: with the consumers' curvature.
+        factors: with the consumers' curvature; an expert that no token reached has none.
         method: which curvature they give.
         damping: of the factors.
         objective: what the model computes.
@@ -46,26 +48,40 @@ class Problem:
     damping: Damping
     objective: Objective = CAUSAL
 
-    def curvature(self, group: Group) -> Curvature:
-        """Of the group's consumer."""
-        name = group.consumer.name
-        return self.factors.layers[name].operator(self.method, self.damping, where=name)[0]
+    @property
+    def unseen(self) -> list[str]:
+        """Names of the consumers that no token reached."""
+        return [layer.name for layer in consumers_of(self.groups) if layer.name not in self.factors.layers]
 
-    def cut(self, group: Group, option: Option) -> Cut:
-        """The consumer's compensated weights and bias at one size."""
-        weight, consumer = group.consumer.weight.float(), group.consumer
-        columns = group.columns(option.kept).to(weight.device)
-        x = compensated(weight, self.curvature(group), columns)
+    def curvature(self, member: Member) -> Curvature | None:
+        """Of the consumer; None for an expert that no token reached."""
+        name = member.consumer.name
+        factors = self.factors.layers.get(name)
+        return None if factors is None else factors.operator(self.method, self.damping, where=name)[0]
+
+    def removal(self, member: Member) -> ColumnProblem:
+        """Of the columns of the consumer."""
+        weight, curvature = member.consumer.weight.float(), self.curvature(member)
+        return ColumnProblem.unseen(weight) if curvature is None else ColumnProblem.of(weight, curvature)
+
+    def cuts(self, group: Group, option: Option) -> list[Cut]:
+        """One size of a group: the consumers' compensated weights and biases."""
+        return [self._cut(member, kept) for member, kept in group.members(option.kept)]
+
+    def _cut(self, member: Member, kept: Tensor) -> Cut:
+        weight, consumer = member.consumer.weight.float(), member.consumer
+        columns, curvature = member.columns(kept).to(weight.device), self.curvature(member)
+        x = weight[:, columns] if curvature is None else compensated(weight, curvature, columns)
         bias = consumer.bias
         if bias is not None and self.method in ("kfac", "layerwise"):
             change = -weight
             change[:, columns] += x
             bias = bias.float() + self.factors.layers[consumer.name].bias_update(change)
-        return Cut(group, option.kept, x, bias)
+        return Cut(member, kept, x, bias)
 
     def measured(self, group: Group, option: Option, windows: Windows, batch_size: int) -> float:
         """KL(model‖model with this group alone cut), nats per token."""
-        with self.masked([self.cut(group, option)]) as whole:
+        with self.masked(self.cuts(group, option)) as whole:
             kl = evaluate(
                 self.model, windows, objective=self.objective, dense=whole.swapped_in, batch_size=batch_size
             ).kl
@@ -99,7 +115,7 @@ class Problem:
         """
         curves = {}
         for group in tqdm(self.groups, desc="cost curves", unit="group", disable=quiet):
-            options = options_of(group, group.consumer.weight.float(), self.curvature(group), multiple)
+            options = options_of(group, self.removal, multiple)
             if windows is not None:
                 options = corrected(options, partial(self.measured, group, windows=windows, batch_size=batch_size))
             curves[group.name] = options
@@ -121,35 +137,46 @@ def one_size(
     saving: Saving,
     target: float,
 ) -> dict[str, Option] | None:
-    """The best plan in which all FFNs have one width and all attentions the same heads; None if there is none.
+    """The best plan in which all FFNs of a kind have one width and all attentions the same heads; None without one.
 
     Only numbers of heads that a plain configuration of the model can hold are considered.
     """
-    ffns: list[Group] = [g for g in groups if isinstance(g, FfnUnits)]
+    kinds: dict[str, list[Group]] = {}
+    for group in groups:
+        kinds.setdefault("heads" if isinstance(group, AttentionHeads) else ffn_kind(group), []).append(group)
+    common = {kind: _common(members, curves) for kind, members in kinds.items()}
     attentions = [g for g in groups if isinstance(g, AttentionHeads)]
-    widths = _common(ffns, curves)
-    counts = _common(attentions, curves)
     if attentions:
-        whole = attentions[0].everything().shape
+        whole = attentions[0].size(attentions[0].everything())
         held = accepted_heads(model, attentions[0])
-        counts = {shape: options for shape, options in counts.items() if shape == whole or shape in held}
+        common["heads"] = {size: taken for size, taken in common["heads"].items() if size == whole or size in held}
+    choices = []  # per kind, by increasing saving: what is saved, the cost, and the options
+    for kind, members in kinds.items():
+        rows = []
+        for taken in common[kind].values():
+            saved = sum(saving(group, option) for group, option in zip(members, taken, strict=True))
+            plan = {group.name: option for group, option in zip(members, taken, strict=True)}
+            rows.append((saved, sum(option.cost for option in taken), plan))
+        choices.append(rows)
+    return _cheapest(choices, target * (1 - 1e-9))
+
+
+def _cheapest(
+    choices: Sequence[Sequence[tuple[float, float, dict[str, Option]]]], target: float
+) -> dict[str, Option] | None:
+    """One (saving, cost, plan) of every sequence such that the savings reach the target at the least total cost."""
     best: tuple[float, dict[str, Option]] | None = None
-    for heads in counts.values():
-        for hidden in widths.values():  # by increasing saving
-            plan = dict(zip((g.name for g in (*ffns, *attentions)), (*hidden, *heads), strict=True))
-            if sum(saving(g, plan[g.name]) for g in groups) >= target * (1 - 1e-9):
-                cost = sum(option.cost for option in plan.values())
-                if best is None or cost < best[0]:
-                    best = cost, plan
-                break
+    for taken in product(*choices):
+        if sum(saving for saving, _, _ in taken) >= target:
+            cost = sum(cost for _, cost, _ in taken)
+            if best is None or cost < best[0]:
+                best = cost, {name: option for _, _, plan in taken for name, option in plan.items()}
     return None if best is None else best[1]
 
 
 def _common(
     groups: Sequence[Group], curves: Mapping[str, Sequence[Option]]
 ) -> dict[tuple[int, ...], tuple[Option, ...]]:
-    """The shapes of selections that all groups offer, each with the groups' options; one empty entry for no groups."""
-    if not groups:
-        return {(): ()}
-    tables = [{tuple(option.kept.shape): option for option in curves[group.name]} for group in groups]
+    """The sizes that all groups offer, each with the groups' options."""
+    tables = [{group.size(option.kept): option for option in curves[group.name]} for group in groups]
     return {shape: tuple(t[shape] for t in tables) for shape in tables[0] if all(shape in t for t in tables)}

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from kfac_prune.operators import Curvature, Kronecker
 
+#: Cost of a unit of squared norm where no token has been, in nats per token: so little that it decides nothing else.
+UNSEEN = 1e-30
+
 
 @dataclass(frozen=True)
 class ColumnProblem:
@@ -27,6 +30,12 @@ class ColumnProblem:
 
     p: Tensor
     m: Tensor
+
+    @classmethod
+    def unseen(cls, weight: Tensor) -> ColumnProblem:
+        """Of a layer W [out, n] that no token reached: columns go by their norm, at next to no cost."""
+        own = UNSEEN * weight.double().square().sum(0)
+        return cls(torch.eye(len(own), dtype=own.dtype, device=own.device), own.diag())
 
     @classmethod
     def of(cls, weight: Tensor, curvature: Curvature) -> ColumnProblem:

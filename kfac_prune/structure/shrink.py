@@ -15,11 +15,16 @@ from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 from kfac_prune.errors import InputError
+from kfac_prune.experts import ExpertLinear, split_experts, stacked
 from kfac_prune.pruned_model import with_own_widths
-from kfac_prune.structure.groups import AttentionHeads, FfnUnits, Group
+from kfac_prune.structure.groups import AttentionHeads, ExpertUnits, FfnUnits, Member
 
-#: What configurations call the FFN's width.
-WIDTH_FIELDS = ("intermediate_size", "ffn_dim", "n_inner")
+#: What configurations call the width of an FFN, by its kind; the first that a configuration has counts.
+WIDTH_FIELDS = {
+    "ffn": ("intermediate_size", "ffn_dim", "n_inner"),
+    "experts": ("moe_intermediate_size", "intermediate_size"),
+    "shared": ("shared_expert_intermediate_size",),
+}
 #: Classes under which transformers finds a model with widths of its own.
 AUTO_CLASSES: dict[str, Mapping[str, str | Sequence[str]]] = {
     "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -36,7 +41,7 @@ class CannotBeStored(InputError):
 
 @dataclass(frozen=True)
 class Cut:
-    """What stays of one group, and the consumer's new weights.
+    """What stays of one FFN, expert or attention, and the consumer's new weights.
 
     Attributes:
         group: of the model that is cut.
@@ -45,7 +50,7 @@ class Cut:
         bias: of the consumer, [out], or None.
     """
 
-    group: Group
+    group: Member
     kept: Tensor
     weight: Tensor
     bias: Tensor | None
@@ -54,12 +59,12 @@ class Cut:
 def shrink(model: PreTrainedModel, cuts: Sequence[Cut], *, plain: bool = False) -> PreTrainedModel:
     """A new, smaller model: producers' rows sliced, consumers' weights replaced, all other tensors shared.
 
-    Where every FFN has one width and every attention the same heads, and an architecture can say so, the result is a
-    plain model with a plain configuration. Otherwise it is one with widths of its own (``pruned_model``).
+    Where every FFN of a kind has one width and every attention the same heads, and an architecture can say so, the
+    result is a plain model with a plain configuration. Otherwise it is one with widths of its own (``pruned_model``).
 
     Args:
-        model: stays as it is.
-        cuts: of its groups.
+        model: stays as it is; its experts are split, and so are the result's.
+        cuts: of its groups; of the experts of one module all, to one width.
         plain: insist on a plain configuration.
 
     Raises:
@@ -81,11 +86,18 @@ def shrink(model: PreTrainedModel, cuts: Sequence[Cut], *, plain: bool = False) 
         shapes[consumer.name] = list(cut.weight.shape)
         if isinstance(cut.group, AttentionHeads):
             heads[cut.group.name] = [cut.kept.numel(), len(cut.kept)]
-    widths = {cut.kept.numel() for cut in cuts if isinstance(cut.group, FfnUnits)}
+    matrices = stacked(model, state)
+    shapes = {name: shape for name, shape in shapes.items() if f"{name}.weight" in state}
+    shapes |= {name: list(matrix.shape) for name, matrix in matrices.items()}
+    widths: dict[str, set[int]] = {}
+    for cut in cuts:
+        if isinstance(cut.group, FfnUnits):
+            widths.setdefault(ffn_kind(cut.group), set()).add(len(cut.kept))
     counts = {(len(cut.kept), cut.kept.shape[1]) for cut in cuts if isinstance(cut.group, AttentionHeads)}
-    if len(widths) <= 1 and len(counts) <= 1:
+    if len(counts) <= 1 and all(len(sizes) == 1 for sizes in widths.values()):
         head_dim = next((cut.group.head_dim for cut in cuts if isinstance(cut.group, AttentionHeads)), None)
-        for empty in _plain_models(model, min(widths, default=None), min(counts, default=None), head_dim):
+        one = {kind: min(sizes) for kind, sizes in widths.items()}
+        for empty in _plain_models(model, one, min(counts, default=None), head_dim):
             if _shapes(empty) == {name: tensor.shape for name, tensor in state.items()}:
                 return _filled(empty, state, model)
     if plain:
@@ -97,6 +109,13 @@ def shrink(model: PreTrainedModel, cuts: Sequence[Cut], *, plain: bool = False) 
     with torch.device("meta"):
         empty = with_own_widths(base)(config)
     return _filled(empty, state, model)
+
+
+def ffn_kind(group: FfnUnits | ExpertUnits) -> str:
+    """Which width of a configuration is that of an FFN: a key of ``WIDTH_FIELDS``."""
+    if isinstance(group, ExpertUnits) or isinstance(group.consumer.module, ExpertLinear):
+        return "experts"
+    return "shared" if "shared" in group.name.rpartition(".")[2] else "ffn"
 
 
 def base_class(model: PreTrainedModel) -> type[PreTrainedModel]:
@@ -114,19 +133,20 @@ def accepted_heads(model: PreTrainedModel, attention: AttentionHeads) -> set[tup
         for per_group in range(1, attention.per_group + 1):
             kept = attention.everything()[:groups, :per_group]
             wanted = {layer.name: len(rows) for layer, rows in attention.rows(kept)}
-            for empty in _plain_models(model, None, (groups, per_group), attention.head_dim):
+            for empty in _plain_models(model, {}, (groups, per_group), attention.head_dim):
                 if all(_rows(empty.get_submodule(name)) == rows for name, rows in wanted.items()):
                     accepted.add((groups, per_group))
     return accepted
 
 
 def _plain_models(
-    model: PreTrainedModel, width: int | None, counts: tuple[int, int] | None, head_dim: int | None
+    model: PreTrainedModel, widths: Mapping[str, int], counts: tuple[int, int] | None, head_dim: int | None
 ) -> Iterator[PreTrainedModel]:
     """Empty models (on the meta device) of plain configurations with these sizes, as far as any accepts them."""
     fields: dict[str, Any] = {k: v for k, v in model.config.to_dict().items() if k not in _OWN}
-    if width is not None:
-        fields |= {name: width for name in WIDTH_FIELDS if hasattr(model.config, name)}
+    for kind, width in widths.items():
+        named = [name for name in WIDTH_FIELDS[kind] if hasattr(model.config, name)]
+        fields |= dict.fromkeys(named[:1], width)
     if counts is not None:
         groups, per_group = counts
         fields |= {"num_attention_heads": groups * per_group, "num_key_value_heads": groups}
@@ -142,7 +162,8 @@ def _plain_models(
     for kind, config_class, values in kinds:
         try:
             config = config_class.from_dict(values)
-            config._attn_implementation = model.config._attn_implementation
+            for choice in ("_attn_implementation", "_experts_implementation"):
+                setattr(config, choice, getattr(model.config, choice, None))
             with torch.device("meta"):
                 empty = kind(config)
         except Exception:  # each configuration refuses in its own way; there is no plain model of it then
@@ -173,6 +194,7 @@ def _filled(empty: PreTrainedModel, state: Mapping[str, Tensor], model: PreTrain
     if model.can_generate():
         empty.generation_config = copy.deepcopy(model.generation_config)
     empty.eval()
+    split_experts(empty)
     return empty
 
 
@@ -194,13 +216,17 @@ def _auto_class(base: type[PreTrainedModel]) -> str:
     raise CannotBeStored(f"no Auto class of transformers loads {base.__name__}, so widths per layer cannot be saved")
 
 
-def _refusal(model: PreTrainedModel, cuts: Sequence[Cut], widths: set[int], counts: set[tuple[int, int]]) -> str:
+def _refusal(
+    model: PreTrainedModel, cuts: Sequence[Cut], widths: Mapping[str, set[int]], counts: set[tuple[int, int]]
+) -> str:
     kind = model.config.model_type
-    if len(widths) > 1 or len(counts) > 1:
-        return f"a plain {kind} configuration holds one width for all blocks, and these have {len(widths | counts)}"
+    most = max([len(counts), *(len(sizes) for sizes in widths.values())])
+    if most > 1:
+        return f"a plain {kind} configuration holds one width for all blocks, and these have {most}"
     attention = next((cut.group for cut in cuts if isinstance(cut.group, AttentionHeads)), None)
     if attention is None or not counts:
-        sizes = f"FFNs of width {min(widths)}" if widths else "these sizes"
+        called = {"ffn": "FFNs", "experts": "experts", "shared": "shared experts"}
+        sizes = " and ".join(f"{called[k]} of width {min(s)}" for k, s in widths.items()) or "these sizes"
         return f"a plain {kind} configuration cannot hold {sizes} with the rest as it is; use --widths per-layer"
     fits = ", ".join(f"{g * q} in {g} KV groups" for g, q in sorted(accepted_heads(model, attention)))
     groups, per_group = min(counts)
