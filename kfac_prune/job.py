@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,9 @@ from kfac_prune.objective import Objective, find_objective
 from kfac_prune.quality import Quality
 from kfac_prune.report import Stages
 from kfac_prune.store import check_apart, check_output
+from kfac_prune.structure.groups import Group
+from kfac_prune.structure.latency import latency_target
+from kfac_prune.structure.prune import Target, parameters_target, weights_target
 
 
 @dataclass(frozen=True)
@@ -106,3 +109,15 @@ def begin(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
         loaded.held_out,
         skipped,
     )
+
+
+def target_of(job: Job, groups: Sequence[Group]) -> Target:
+    """What a smaller model must save."""
+    recipe, model = job.recipe, job.model
+    if recipe.target_params is not None:
+        return parameters_target(model, job.layers, recipe.target_params)
+    if recipe.target_latency is not None:
+        with job.stages("time blocks"):
+            return latency_target(model, groups, recipe.seqlen, recipe.target_latency)
+    assert recipe.sparsity is not None
+    return weights_target(model, job.layers, recipe.sparsity)

@@ -21,7 +21,7 @@ from kfac_prune.curvature.sequences import SequenceFisher, check_memory
 from kfac_prune.errors import InputError
 from kfac_prune.export import save_model, save_side_files, verify_saved
 from kfac_prune.inputs import resolve_device
-from kfac_prune.job import Job, Outcome, begin
+from kfac_prune.job import Job, Outcome, begin, target_of
 from kfac_prune.models import Layer, head_of, prunable_layers
 from kfac_prune.obs import NM
 from kfac_prune.operators import Damping
@@ -40,11 +40,15 @@ from kfac_prune.report import (
     shrunk_record,
     summary,
 )
-from kfac_prune.resume import Planned, journal_of, read_planned, write_planned
+from kfac_prune.resume import Planned, journal_of, read_planned, read_shrunk, write_planned, write_shrunk
 from kfac_prune.shots import Correction, correct, shots_of
 from kfac_prune.store import clear_work, new_folder, work_folder
-from kfac_prune.structure.latency import latency_target, speeds
-from kfac_prune.structure.prune import Settings, find_groups, parameters_target, prune_structured, weights_target
+from kfac_prune.structure.latency import speeds
+from kfac_prune.structure.prune import (
+    Settings,
+    find_groups,
+    prune_structured,
+)
 from kfac_prune.structure.repair import reconstruct_smaller
 
 logger = logging.getLogger("kfac_prune")
@@ -279,41 +283,44 @@ def _shrink(job: Job) -> Outcome:
     assert recipe.damping is not None
     assert recipe.refit is not None
     groups = find_groups(model, job.layers, kinds)  # refused before any long work
-    if recipe.target_params is not None:
-        target = parameters_target(model, job.layers, recipe.target_params)
-    elif recipe.target_latency is not None:
-        with stages("time blocks"):
-            target = latency_target(model, groups, recipe.seqlen, recipe.target_latency)
-    else:
-        assert recipe.sparsity is not None
-        target = weights_target(model, job.layers, recipe.sparsity)
     measured: Any = {"objective": job.objective, "batch_size": recipe.batch_size, "quiet": job.quiet}
+    journal = journal_of(recipe, model, job.calibration)
+    finished = read_shrunk(journal if ranks.leads() else None, model) if recipe.resume else None
+    if finished is not None:
+        job.echo("- shrink: as the interrupted run left it")
+        best, others = finished
+    else:
+        target = target_of(job, groups)
+        with stages("shrink"):
+            best, lost = prune_structured(
+                model,
+                job.layers,
+                job.calibration,
+                target,
+                kinds=kinds,
+                widths=widths,
+                settings=Settings(
+                    method=method,
+                    shots=recipe.shots,
+                    refit=recipe.refit,
+                    multiple=recipe.multiple,
+                    damping=Damping(recipe.damping),
+                    objective=job.objective,
+                    fisher=fisher,
+                    seed=recipe.seed,
+                    batch_size=recipe.batch_size,
+                    max_memory=_bytes(recipe),
+                    quiet=job.quiet,
+                ),
+                echo=job.echo,
+            )
+            others = [{"widths": o.widths, "shots": o.shots, "kl_calibration": o.kl} for o in lost]
+            del lost  # their models
+            if ranks.leads():
+                write_shrunk(journal, best, others)
+    job.echo(best.table())
     with stages("measure dense"):
         dense = evaluate(model, job.held_out, label="dense", **measured)
-    with stages("shrink"):
-        best, others = prune_structured(
-            model,
-            job.layers,
-            job.calibration,
-            target,
-            kinds=kinds,
-            widths=widths,
-            settings=Settings(
-                method=method,
-                shots=recipe.shots,
-                refit=recipe.refit,
-                multiple=recipe.multiple,
-                damping=Damping(recipe.damping),
-                objective=job.objective,
-                fisher=fisher,
-                seed=recipe.seed,
-                batch_size=recipe.batch_size,
-                max_memory=_bytes(recipe),
-                quiet=job.quiet,
-            ),
-            echo=job.echo,
-        )
-        job.echo(best.table())
     reconstructed: list[Reconstructed] = []
     if recipe.reconstruct and best.kl > 0:
         with stages("reconstruct"):

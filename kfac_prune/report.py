@@ -181,7 +181,7 @@ def shrunk_record(
     dense: PreTrainedModel,
     layers: Sequence[Layer],
     best: Shrunk,
-    others: Sequence[Shrunk],
+    others: Sequence[dict[str, Any]],
     reconstructed: Sequence[Reconstructed],
     speed: Sequence[Speed],
 ) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def shrunk_record(
         dense: the model before.
         layers: its layers that could be cut.
         best: what was kept.
-        others: the plans that were built and lost.
+        others: figures of the plans that were built and lost.
         reconstructed: what the reconstruction did, empty if it was off.
         speed: of the dense and of the smaller model.
     """
@@ -207,7 +207,7 @@ def shrunk_record(
         "kl_calibration": best.kl,
         "groups": {name: {"before": list(b), "after": list(a)} for name, (b, a) in best.sizes.items()},
         "experts_without_tokens": list(best.unseen),
-        "other_plans": [{"widths": o.widths, "shots": o.shots, "kl_calibration": o.kl} for o in others],
+        "other_plans": list(others),
         "speed": dict(zip(("dense", "pruned"), (asdict(s) for s in speed), strict=True)),
         "refit": recipe.refit,
         "reconstruction": [asdict(r) for r in reconstructed],

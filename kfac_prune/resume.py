@@ -1,12 +1,16 @@
-"""A plan as a file: a run that was interrupted after it goes on there, without curvature and solving again."""
+"""Plans and smaller models as files: a run that was interrupted goes on there, without curvature and solving again."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,18 +19,22 @@ from kfac_prune.config import Recipe
 from kfac_prune.curvature.factors import Factors, LayerFactors
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
+from kfac_prune.experts import whole_experts
 from kfac_prune.models import Layer, prunable_layers
 from kfac_prune.permute import Permuted
 from kfac_prune.plan import Plan
 from kfac_prune.problems import PlannedLayer, part
+from kfac_prune.pruned_model import with_own_widths
 from kfac_prune.store import Journal, content_hash, work_folder
+from kfac_prune.structure.prune import Shrunk
+from kfac_prune.structure.shrink import base_class, filled
 
-#: Fields of a recipe that do not move a plan.
+#: Fields of a recipe that move neither a plan nor a smaller model.
 ELSEWHERE = (
-    "model", "data", "out", "eval_data", "eval_samples", "shots", "reconstruct", "recover_epochs", "streams", "device",
+    "model", "data", "out", "eval_data", "eval_samples", "reconstruct", "recover_epochs", "streams", "device",
     "offload", "max_memory", "overwrite", "resume", "trust_remote_code",
 )  # fmt: skip
-PART = "all layers"
+PART, SMALLER = "all layers", "model"
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ class Planned:
 
 
 def journal_of(recipe: Recipe, model: PreTrainedModel, calibration: Windows) -> Journal:
-    """Where the plan of a run is left.
+    """Where the plan of a run is left, or its smaller model.
 
     Args:
         recipe: resolved.
@@ -53,8 +61,11 @@ def journal_of(recipe: Recipe, model: PreTrainedModel, calibration: Windows) -> 
         calibration: windows.
     """
     fields = {name: value for name, value in asdict(recipe).items() if name not in ELSEWHERE}
+    if not recipe.structured:
+        del fields["shots"]  # they come after the plan
     parts = [str(sorted(fields.items())), content_hash(model.state_dict()), calibration.sha256()]
-    return Journal(work_folder(recipe.out), "plan", hashlib.sha256(" ".join(parts).encode()).hexdigest())
+    stage = "shrink" if recipe.structured else "plan"
+    return Journal(work_folder(recipe.out), stage, hashlib.sha256(" ".join(parts).encode()).hexdigest())
 
 
 def write_planned(journal: Journal, recipe: Recipe, model: PreTrainedModel, planned: Planned) -> None:
@@ -107,13 +118,10 @@ def read_planned(journal: Journal | None, model: PreTrainedModel) -> Planned | N
             if solved is None:
                 raise InputError(f"{journal.folder} has lost {row['solved']} of a plan; run without --resume")
             found[0].update({f"{name} {row['name']}": tensor for name, tensor in solved[0].items()})
-    record: dict[str, Any] | None = ranks.told(None if found is None else found[1])
-    if record is None:
+    everywhere = _sent(found)
+    if everywhere is None:
         return None
-    shapes = ranks.told({} if found is None else {name: (t.shape, t.dtype) for name, t in found[0].items()})
-    tensors: dict[str, Tensor] = {}
-    for name, (shape, dtype) in shapes.items():
-        tensors[name] = ranks.sent(torch.empty(shape, dtype=dtype) if found is None else found[0][name])
+    tensors, record = everywhere
     for name, parameter in model.named_parameters():
         if f"dense {name}" in tensors:
             parameter.data = tensors[f"dense {name}"].to(parameter.device)
@@ -130,6 +138,60 @@ def read_planned(journal: Journal | None, model: PreTrainedModel) -> Planned | N
         for number, space in enumerate(record["permuted"])
     ]
     return Planned(Plan(layers, record["method"], record["allocation"]), factors, permuted)
+
+
+def write_shrunk(journal: Journal, best: Shrunk, others: Sequence[dict[str, Any]]) -> None:
+    """Leave a smaller model with what its record tells.
+
+    Args:
+        journal: from ``journal_of``.
+        best: the plan that was kept.
+        others: figures of those that were not.
+    """
+    figures = {field: value for field, value in vars(best).items() if field != "model"}
+    config = json.loads(best.model.config.to_json_string(use_diff=False))
+    record = {"class": base_class(best.model).__name__, "config": config, "figures": figures, "others": list(others)}
+    with whole_experts(best.model):
+        journal.write(SMALLER, best.model.state_dict(), record)
+
+
+def read_shrunk(journal: Journal | None, model: PreTrainedModel) -> tuple[Shrunk, list[dict[str, Any]]] | None:
+    """What ``write_shrunk`` left, or None.
+
+    Several processes get what the one that leads has found.
+
+    Args:
+        journal: None in the processes that do not lead.
+        model: dense.
+    """
+    found = _sent(None if journal is None else journal.read(SMALLER))
+    if found is None:
+        return None
+    tensors, record = found
+    kind: Any = base_class(model)
+    if kind.__name__ != record["class"]:  # a Llama that is stored as the Mistral which it equals
+        kind = getattr(transformers, record["class"])
+    config = kind.config_class.from_dict(copy.deepcopy(record["config"]))
+    for choice in ("_attn_implementation", "_experts_implementation"):
+        setattr(config, choice, getattr(model.config, choice, None))
+    with torch.device("meta"):
+        empty = (with_own_widths(kind) if hasattr(config, "pruned_shapes") else kind)(config)
+    smaller = filled(empty, {name: tensor.to(model.device) for name, tensor in tensors.items()}, model)
+    figures = record["figures"]
+    sizes = {name: (tuple(before), tuple(after)) for name, (before, after) in figures.pop("sizes").items()}
+    return Shrunk(model=smaller, sizes=sizes, unseen=tuple(figures.pop("unseen")), **figures), record["others"]
+
+
+def _sent(found: tuple[dict[str, Tensor], dict[str, Any]] | None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """What the process that leads has read, in all processes."""
+    record: dict[str, Any] | None = ranks.told(None if found is None else found[1])
+    if record is None:
+        return None
+    shapes = ranks.told({} if found is None else {name: (t.shape, t.dtype) for name, t in found[0].items()})
+    tensors: dict[str, Tensor] = {}
+    for name, (shape, dtype) in shapes.items():
+        tensors[name] = ranks.sent(torch.empty(shape, dtype=dtype) if found is None else found[0][name])
+    return tensors, record
 
 
 def _layer(row: dict[str, Any], tensors: dict[str, Tensor], model: PreTrainedModel) -> PlannedLayer:

@@ -101,7 +101,7 @@ def clear_work(out: str) -> None:
     """Remove what runs that write to ``out`` have left in its work folder, and nothing else that may lie there."""
     folder = work_folder(out)
     if folder.is_dir():
-        for stage in ("plan", "reconstruction"):
+        for stage in ("plan", "shrink", "reconstruction"):
             # in order, so that a plan goes before the layers that it refers to, should this be interrupted
             for file in sorted((*folder.glob(f"{stage}-*.safetensors"), *folder.glob(f"{stage}-*.partial"))):
                 file.unlink()

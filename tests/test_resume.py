@@ -1,5 +1,6 @@
 """Runs that are killed at any moment go on to the same bytes; files of other runs, or broken ones, are refused."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -171,6 +172,29 @@ def test_a_plan_that_has_lost_a_layer_is_refused(place, tmp_path, monkeypatch):
     (tmp_path / "out.work" / "plan-layer-model.layers.0.mlp.up_proj.safetensors").unlink()
     with pytest.raises(InputError, match=r"out\.work has lost layer model\.layers\.0\.mlp\.up_proj of a plan"):
         run(recipe(place, tmp_path / "out", resume=True))
+
+
+SMALLER = {"pattern": "unstructured", "structured": "ffn,heads", "sparsity": 0.3, "samples": 40}
+
+
+@pytest.mark.parametrize(
+    "fields", [{"widths": "per-layer"}, {"widths": "uniform"}, {"shots": 2, "reconstruct": 0}], ids=str
+)
+def test_a_smaller_model_is_not_made_twice(fields, place, tmp_path, monkeypatch):
+    run(recipe(place, tmp_path / "whole", **SMALLER, **fields))
+    made, calls = recipe(place, tmp_path / "other", resume=True, **SMALLER, **fields), []
+    stopped_behind_the_plan(made, monkeypatch)
+    assert [file.name for file in (tmp_path / "other.work").iterdir()] == ["shrink-model.safetensors"]
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "prune_structured", lambda *a, **o: calls.append(a))
+        record = run(made)
+    assert calls == []
+    assert bytes_of(tmp_path / "other") == bytes_of(tmp_path / "whole")
+    assert record["groups"] == json.loads((tmp_path / "whole" / "kfac_prune.json").read_text())["groups"]
+    assert not (tmp_path / "other.work").exists()
+    stopped_behind_the_plan(recipe(place, tmp_path / "third", **SMALLER, **fields), monkeypatch)
+    with pytest.raises(InputError, match=r"shrink-model.safetensors is from another run"):
+        run(recipe(place, tmp_path / "third", resume=True, **SMALLER, **fields | {"shots": 3}))
 
 
 class TestFiles:

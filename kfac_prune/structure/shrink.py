@@ -99,7 +99,7 @@ def shrink(model: PreTrainedModel, cuts: Sequence[Cut], *, plain: bool = False) 
         one = {kind: min(sizes) for kind, sizes in widths.items()}
         for empty in _plain_models(model, one, min(counts, default=None), head_dim):
             if _shapes(empty) == {name: tensor.shape for name, tensor in state.items()}:
-                return _filled(empty, state, model)
+                return filled(empty, state, model)
     if plain:
         raise CannotBeStored(_refusal(model, cuts, widths, counts))
     base = base_class(model)
@@ -108,7 +108,7 @@ def shrink(model: PreTrainedModel, cuts: Sequence[Cut], *, plain: bool = False) 
     config.auto_map = {_auto_class(base): f"pruned_model.Pruned{base.__name__}"}
     with torch.device("meta"):
         empty = with_own_widths(base)(config)
-    return _filled(empty, state, model)
+    return filled(empty, state, model)
 
 
 def ffn_kind(group: FfnUnits | ExpertUnits) -> str:
@@ -124,6 +124,28 @@ def base_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     if not hasattr(model.config, "pruned_shapes"):
         return kind
     return next(c for c in kind.__mro__ if c.__module__.startswith("transformers.models."))
+
+
+def filled(empty: PreTrainedModel, state: Mapping[str, Tensor], model: PreTrainedModel) -> PreTrainedModel:
+    """Give an empty model its tensors, and from another one the buffers that no checkpoint holds (rotary frequencies).
+
+    Args:
+        empty: on the meta device; its experts are split at the end.
+        state: all of its tensors.
+        model: of the same family.
+    """
+    empty.load_state_dict(state, assign=True)
+    empty.tie_weights()
+    for name, buffer in model.named_buffers():
+        parent, _, child = name.rpartition(".")
+        empty.get_submodule(parent)._buffers[child] = buffer
+    rest = [name for name, tensor in (*empty.named_parameters(), *empty.named_buffers()) if tensor.is_meta]
+    assert not rest, f"{rest[0]} was left empty"
+    if model.can_generate():
+        empty.generation_config = copy.deepcopy(model.generation_config)
+    empty.eval()
+    split_experts(empty)
+    return empty
 
 
 def accepted_heads(model: PreTrainedModel, attention: AttentionHeads) -> set[tuple[int, int]]:
@@ -180,22 +202,6 @@ def _put(state: dict[str, Tensor], name: str, module: nn.Module, weight: Tensor,
     state[f"{name}.weight"] = (weight.T if isinstance(module, Conv1D) else weight).to(dtype, copy=True).contiguous()
     if bias is not None:
         state[f"{name}.bias"] = bias.to(dtype, copy=True)
-
-
-def _filled(empty: PreTrainedModel, state: Mapping[str, Tensor], model: PreTrainedModel) -> PreTrainedModel:
-    """Give an empty model its tensors; buffers that no checkpoint holds (rotary frequencies) come from ``model``."""
-    empty.load_state_dict(state, assign=True)
-    empty.tie_weights()
-    for name, buffer in model.named_buffers():
-        parent, _, child = name.rpartition(".")
-        empty.get_submodule(parent)._buffers[child] = buffer
-    rest = [name for name, tensor in (*empty.named_parameters(), *empty.named_buffers()) if tensor.is_meta]
-    assert not rest, f"{rest[0]} was left empty"
-    if model.can_generate():
-        empty.generation_config = copy.deepcopy(model.generation_config)
-    empty.eval()
-    split_experts(empty)
-    return empty
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
