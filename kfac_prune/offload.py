@@ -12,7 +12,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from accelerate.hooks import remove_hook_from_module
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -77,14 +79,33 @@ class _Visitor:
             return self._forward(*args, **kwargs)
 
 
+def _take_over(model: PreTrainedModel) -> None:
+    """Bring a model that accelerate dispatches back to main memory, without its hooks."""
+    if not any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return
+    values: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        with align_module_device(module, "cpu"):
+            for own, p in module.named_parameters(recurse=False):
+                values[f"{name}.{own}" if name else own] = p.data
+    remove_hook_from_module(model, recurse=True)
+    for name, value in values.items():
+        parent, _, own = name.rpartition(".")
+        module = model.get_submodule(parent)
+        setattr(module, own, nn.Parameter(value.cpu(), module.get_parameter(own).requires_grad))
+    model.tie_weights()
+
+
 def offload(model: PreTrainedModel, device: torch.device) -> None:
     """Move a model from main memory to a device but for its blocks, which from now on visit the device to run.
 
-    ``model.device`` is the device then.
+    ``model.device`` is the device then. A model that accelerate holds elsewhere (``device_map``, ``cpu_offload``,
+    ``disk_offload``) is taken over: all of its weights come to main memory.
 
     Raises:
         InputError: the model has no list of blocks.
     """
+    _take_over(model)
     _, blocks = find_blocks(model, prunable_layers(model))
     if not blocks:
         raise InputError(f"--offload brings the blocks of a model to the device, and {type(model).__name__} has none")

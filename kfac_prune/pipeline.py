@@ -44,11 +44,7 @@ from kfac_prune.resume import Planned, journal_of, read_planned, read_shrunk, wr
 from kfac_prune.shots import Correction, correct, shots_of
 from kfac_prune.store import clear_work, new_folder, work_folder
 from kfac_prune.structure.latency import speeds
-from kfac_prune.structure.prune import (
-    Settings,
-    find_groups,
-    prune_structured,
-)
+from kfac_prune.structure.prune import Settings, find_groups, prune_structured
 from kfac_prune.structure.repair import reconstruct_smaller
 
 logger = logging.getLogger("kfac_prune")

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
 from conftest import build, random_windows
 from letters import save_llama
 from torch import nn
@@ -44,6 +45,32 @@ def test_factors_are_those_of_the_whole_model(family, padded, always_away):
         for part in ("a", "mean", "g"):
             assert torch.equal(getattr(found.layers[name], part), getattr(factors, part)), (name, part)
     assert all(torch.equal(found.streams[name], g) for name, g in expected.streams.items())
+
+
+@pytest.mark.parametrize("how", ["cpu", "disk", "some blocks"])
+def test_a_model_that_accelerate_holds_elsewhere_is_taken_over(family, how, tmp_path):
+    windows, model, cpu = random_windows(count=5, length=9), build(family), torch.device("cpu")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = estimate_factors(model, prunable_layers(model), windows)
+    if how == "cpu":
+        cpu_offload(model, cpu)
+    elif how == "disk":
+        disk_offload(model, str(tmp_path), cpu)
+    else:
+        first = find_blocks(model, prunable_layers(model))[0][0]
+        owners = {name.rpartition(".")[0] for name, _ in model.named_parameters(remove_duplicate=False)}
+        places = {name: "disk" if name.startswith(f"{first}.") else "cpu" for name in owners}
+        dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    with pytest.raises(InputError, match=r"was loaded with device_map; let kfac_prune\.offload\.offload"):
+        estimate_factors(model, prunable_layers(model), windows)
+    offload.offload(model, cpu)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    found = estimate_factors(model, prunable_layers(model), windows)
+    for name, factors in expected.layers.items():
+        assert torch.equal(found.layers[name].a, factors.a)
+        assert torch.equal(found.layers[name].g, factors.g)
 
 
 class TestVisits:
