@@ -82,8 +82,9 @@ def run(
     if not recipe.resume and ranks.leads():
         clear_work(recipe.out)
     outcome = _shrink(job) if recipe.structured else _mask(job)
-    record = _written(job, outcome) if ranks.leads() else {}
-    return ranks.told(record)
+    record = ranks.told(_written(job, outcome) if ranks.leads() else {})
+    ranks.wait()  # for those that are still reading
+    return record
 
 
 def _silent(text: str) -> None:

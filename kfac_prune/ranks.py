@@ -7,6 +7,7 @@ one process each and sent to the others, and everything else all of them do alik
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Sequence
 from datetime import timedelta
@@ -47,6 +48,7 @@ def join(device: str, expected: int | None = None) -> None:
 
         on_cpu = device == "cpu" or not torch.cuda.is_available()
         PartialState(cpu=on_cpu, timeout=PATIENCE)  # without ``cpu`` every process would take itself for the only one
+        atexit.register(_leave)
     found = count()
     if found != launched:
         raise InputError(f"{launched} processes were launched, and this one sees {found}; start them by {STARTED_BY}")
@@ -54,6 +56,12 @@ def join(device: str, expected: int | None = None) -> None:
         raise InputError(
             f"--processes is {expected}, and the number of processes is {found}; start them by {STARTED_BY}"
         )
+
+
+def _leave() -> None:
+    """Close the connections to the others before the interpreter ends the threads that serve them."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _several() -> bool:
@@ -140,6 +148,12 @@ def told(value: T, source: int = 0) -> T:
     box = [value]
     dist.broadcast_object_list(box, source)
     return box[0]
+
+
+def wait() -> None:
+    """Until all processes have come here."""
+    if _several():
+        dist.barrier()
 
 
 def gathered(value: T) -> list[T]:

@@ -302,3 +302,14 @@ class TestJoin:
 def test_a_recipe_is_the_same_for_any_number(place):
     one, two = (dataclasses.asdict(recipe(place, "refit", n)) for n in (1, 2))
     assert {k for k in one if one[k] != two[k]} == {"out"}
+
+
+def test_connections_are_closed_before_the_interpreter_ends(tmp_path):
+    """Otherwise a worker thread of gloo that still holds a tensor may abort a process that has finished."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "s")), rank=0, world_size=1
+    )
+    ranks._leave()
+    assert not torch.distributed.is_initialized()
+    ranks._leave()  # nothing is left to close
+    ranks.wait()
