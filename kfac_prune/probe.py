@@ -77,28 +77,37 @@ class Probe:
 
     def __call__(self, layers: Sequence[Layer], planned: Sequence[PlannedLayer]) -> float:
         """KL(dense‖model with these layers pruned), nats per token; the model is dense again afterwards."""
-        first = min(block_of(layer, self._stack.names) for layer in layers)
         swap = WeightSwap(layers)
         for layer, made in zip(layers, planned, strict=True):
             layer.assign(made.weight, made.bias)
-        total = tokens = 0.0
         try:
-            for index, batch in enumerate(self._batches):
-                dense = partial(self._dense, swap, index) if self._outputs is None else [self._outputs[index]]
-                with self._begun(first, index):
-                    quality = evaluate(
-                        self.model,
-                        batch,
-                        objective=self.objective,
-                        dense=dense,
-                        batch_size=len(batch),
-                        alone=True,
-                    )
-                assert quality.kl is not None
-                total += quality.kl * quality.tokens
-                tokens += quality.tokens
+            return self.kl(layers, swap)
         finally:
             swap.restore()
+
+    def kl(self, changed: Sequence[Layer], dense: WeightSwap) -> float:
+        """KL(dense‖model as it is), nats per token.
+
+        Args:
+            changed: layers in which it differs from the dense model, and no others.
+            dense: what they had before.
+        """
+        first = min(block_of(layer, self._stack.names) for layer in changed)
+        total = tokens = 0.0
+        for index, batch in enumerate(self._batches):
+            known = partial(self._dense, dense, index) if self._outputs is None else [self._outputs[index]]
+            with self._begun(first, index):
+                quality = evaluate(
+                    self.model,
+                    batch,
+                    objective=self.objective,
+                    dense=known,
+                    batch_size=len(batch),
+                    alone=True,
+                )
+            assert quality.kl is not None
+            total += quality.kl * quality.tokens
+            tokens += quality.tokens
         return total / tokens
 
     def factors(

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch.nn.functional import kl_div
 
+from kfac_prune import probe as probing
 from kfac_prune.curvature.estimate import estimate_factors
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.models import Layer, prunable_layers
 from kfac_prune.operators import Damping
+from kfac_prune.probe import Probe
 from kfac_prune.structure import latency, plan
 from kfac_prune.structure.curves import Option
 from kfac_prune.structure.groups import FfnUnits
@@ -88,7 +90,7 @@ class TestProblem:
         before, storage = tensors(model), [p.data_ptr() for p in model.parameters()]
         curves = problem.curves(windows, multiple=16)
         for group in problem.groups:
-            assert problem.measured(group, curves[group.name][-1], windows, 3) > 0
+            assert problem.measured(group, curves[group.name][-1], Probe(model, windows, 3)) > 0
         assert same(tensors(model), before)
         assert [p.data_ptr() for p in model.parameters()] == storage
 
@@ -101,9 +103,10 @@ class TestProblem:
         def fails(*args, **kwargs):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(plan, "evaluate", fails)
+        probe = Probe(model, windows)
+        monkeypatch.setattr(probing, "evaluate", fails)
         with pytest.raises(KeyboardInterrupt):
-            problem.measured(problem.groups[0], option, windows, 4)
+            problem.measured(problem.groups[0], option, probe)
         assert same(tensors(model), before)
 
     def test_measured_is_the_kl_with_one_group_cut(self, family, make_model, make_windows):
@@ -117,7 +120,8 @@ class TestProblem:
             dense = torch.zeros(consumer.shape)
             dense[:, group.columns(option.kept)] = cut.weight
             consumer.assign(dense, cut.bias)
-            assert problem.measured(group, option, windows, 3) == pytest.approx(kl(model, masked, windows), rel=1e-3)
+            measured = problem.measured(group, option, Probe(model, windows, 3))
+            assert measured == pytest.approx(kl(model, masked, windows), rel=1e-3)
 
     def test_keeping_all_cuts_nothing(self, family, make_model, make_windows):
         model, windows = make_model(family), make_windows(count=8, length=12)

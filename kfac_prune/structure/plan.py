@@ -12,18 +12,21 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from kfac_prune import ranks
 from kfac_prune.allocate import choose
 from kfac_prune.curvature.factors import Factors, Method
 from kfac_prune.data import Windows
 from kfac_prune.models import WeightSwap
 from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.operators import Curvature, Damping
-from kfac_prune.quality import evaluate
-from kfac_prune.structure.curves import Option, corrected, options_of
+from kfac_prune.probe import PROBE_TOKENS, Probe
+from kfac_prune.structure.curves import MEASURED, Option, corrected, options_of
 from kfac_prune.structure.groups import AttentionHeads, Group, Member, consumers_of
 from kfac_prune.structure.removal import ColumnProblem, compensated
 from kfac_prune.structure.shrink import Cut, accepted_heads, ffn_kind
 
+#: How many passes over the windows all measurements of curves together may take (but one has at least 4 windows).
+MEASURING_PASSES = 64
 #: What an option saves, in the unit of the target: weights, or milliseconds.
 Saving = Callable[[Group, Option], float]
 
@@ -79,14 +82,10 @@ class Problem:
             bias = bias.float() + self.factors.layers[consumer.name].bias_update(change)
         return Cut(member, kept, x, bias)
 
-    def measured(self, group: Group, option: Option, windows: Windows, batch_size: int) -> float:
+    def measured(self, group: Group, option: Option, probe: Probe) -> float:
         """KL(model‖model with this group alone cut), nats per token."""
         with self.masked(self.cuts(group, option)) as whole:
-            kl = evaluate(
-                self.model, windows, objective=self.objective, dense=whole.swapped_in, batch_size=batch_size
-            ).kl
-        assert kl is not None
-        return kl
+            return probe.kl(consumers_of([group]), whole)
 
     @contextmanager
     def masked(self, cuts: Sequence[Cut]) -> Iterator[WeightSwap]:
@@ -107,19 +106,30 @@ class Problem:
         """Per group all the sizes that it can have, with their costs, by increasing saving; the first keeps everything.
 
         Args:
-            windows: to measure a few sizes of every group on, which corrects the rest; None trusts the predictions,
-                which do not compare across groups unless the method is kfac.
+            windows: to measure a few sizes of every group on, which corrects the rest; on the last of them where they
+                are long or groups many. None trusts the predictions, which do not compare across groups unless the
+                method is kfac.
             multiple: of FFN widths.
             batch_size: windows per pass.
             quiet: show no progress bar.
         """
-        curves = {}
-        for group in tqdm(self.groups, desc="cost curves", unit="group", disable=quiet):
+        few = None if windows is None else _few(windows, len(self.groups))
+        probe = None if few is None else Probe(self.model, few, batch_size, self.objective)
+        found = {}
+        for group in tqdm(ranks.share(self.groups), desc="cost curves", unit="group", disable=quiet):
             options = options_of(group, self.removal, multiple)
-            if windows is not None:
-                options = corrected(options, partial(self.measured, group, windows=windows, batch_size=batch_size))
-            curves[group.name] = options
-        return curves
+            if probe is not None:
+                options = corrected(options, partial(self.measured, group, probe=probe))
+            found[group.name] = options
+        curves = {name: options for part in ranks.gathered(found) for name, options in part.items()}
+        return {group.name: curves[group.name] for group in self.groups}
+
+
+def _few(windows: Windows, groups: int) -> Windows:
+    """As many of them as the curves of so many groups are measured on."""
+    affordable = MEASURING_PASSES * len(windows) // (len(MEASURED) * groups)
+    count = max(min(affordable, PROBE_TOKENS * len(windows) // windows.tokens), 4)
+    return windows.split(count)[1] if len(windows) > count else windows
 
 
 def own_sizes(
