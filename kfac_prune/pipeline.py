@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kfac_prune import ranks
+from kfac_prune import ranks, resume
 from kfac_prune.config import BASELINES, SEQUENCE_METHODS, Recipe, parse_pattern
 from kfac_prune.curvature.estimate import estimate_factors, participants
 from kfac_prune.curvature.factors import Factors
@@ -40,7 +40,6 @@ from kfac_prune.report import (
     shrunk_record,
     summary,
 )
-from kfac_prune.resume import Planned, journal_of, read_planned, read_shrunk, write_planned, write_shrunk
 from kfac_prune.shots import Correction, correct, shots_of
 from kfac_prune.store import clear_work, new_folder, work_folder
 from kfac_prune.structure.latency import speeds
@@ -122,21 +121,27 @@ def _written(job: Job, outcome: Outcome) -> dict[str, Any]:
     return record
 
 
-def _planned(job: Job, estimate: Callable[[], Factors], pattern: NM | None, damping: Damping) -> Planned:
+def _planned(job: Job, estimate: Callable[[], Factors], pattern: NM | None, damping: Damping) -> resume.Planned:
     """Curvature, order of channels and plan, or what an interrupted run has left of them."""
     recipe, model, layers, stages = job.recipe, job.model, job.layers, job.stages
     method: Any = recipe.method  # the recipe has checked it, and the Fisher
     fisher: Any = recipe.fisher
     assert recipe.sparsity is not None
     assert recipe.allocation is not None
-    journal = journal_of(recipe, model, job.calibration)
-    if recipe.resume and (finished := read_planned(journal if ranks.leads() else None, model)) is not None:
+    journal = resume.journal_of(recipe, model, job.calibration)
+    if recipe.resume and (finished := resume.read_planned(journal if ranks.leads() else None, model)) is not None:
         job.echo("- plan: as the interrupted run left it")
         return finished
     if method in SEQUENCE_METHODS:
         check_memory(method, layers, job.calibration, job.objective)
-    with stages("curvature"):
-        factors = estimate()
+    factors = resume.read_factors(journal if ranks.leads() else None, model) if recipe.resume else None
+    if factors is not None:
+        job.echo("- curvature: as the interrupted run left it")
+    else:
+        with stages("curvature"):
+            factors = estimate()
+            if ranks.leads():
+                resume.write_factors(journal, factors)
     layers = [layer for layer in layers if layer.name in factors.layers]  # experts without tokens are left
     if not layers:
         raise InputError("no token of the calibration text is routed to the chosen experts; add --samples, or others")
@@ -176,9 +181,9 @@ def _planned(job: Job, estimate: Callable[[], Factors], pattern: NM | None, damp
             journal=journal,
             quiet=job.quiet,
         )
-    planned = Planned(plan, factors, permuted)
+    planned = resume.Planned(plan, factors, permuted)
     if ranks.leads():
-        write_planned(journal, recipe, model, planned)
+        resume.write_planned(journal, recipe, model, planned)
     return planned
 
 
@@ -281,8 +286,8 @@ def _shrink(job: Job) -> Outcome:
     assert recipe.refit is not None
     groups = find_groups(model, job.layers, kinds)  # refused before any long work
     measured: Any = {"objective": job.objective, "batch_size": recipe.batch_size, "quiet": job.quiet}
-    journal = journal_of(recipe, model, job.calibration)
-    finished = read_shrunk(journal if ranks.leads() else None, model) if recipe.resume else None
+    journal = resume.journal_of(recipe, model, job.calibration)
+    finished = resume.read_shrunk(journal if ranks.leads() else None, model) if recipe.resume else None
     if finished is not None:
         job.echo("- shrink: as the interrupted run left it")
         best, others = finished
@@ -314,7 +319,7 @@ def _shrink(job: Job) -> Outcome:
             others = [{"widths": o.widths, "shots": o.shots, "kl_calibration": o.kl} for o in lost]
             del lost  # their models
             if ranks.leads():
-                write_shrunk(journal, best, others)
+                resume.write_shrunk(journal, best, others)
     job.echo(best.table())
     with stages("measure dense"):
         dense = evaluate(model, job.held_out, label="dense", **measured)

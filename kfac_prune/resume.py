@@ -1,4 +1,4 @@
-"""Plans and smaller models as files: a run that was interrupted goes on there, without curvature and solving again."""
+"""Curvature, plans and smaller models as files, from which a run that was interrupted goes on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from kfac_prune import ranks
 from kfac_prune.config import Recipe
-from kfac_prune.curvature.factors import Factors, LayerFactors
+from kfac_prune.curvature.factors import CURVATURE_BYTES, Factors, FactorShelf, LayerFactors
+from kfac_prune.curvature.few_tokens import FewTokens
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.experts import whole_experts
@@ -34,7 +35,7 @@ ELSEWHERE = (
     "model", "data", "out", "eval_data", "eval_samples", "reconstruct", "recover_epochs", "streams", "device",
     "offload", "max_memory", "overwrite", "resume", "trust_remote_code",
 )  # fmt: skip
-PART, SMALLER = "all layers", "model"
+PART, SMALLER, CURVATURE = "all layers", "model", "curvature"
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,60 @@ def journal_of(recipe: Recipe, model: PreTrainedModel, calibration: Windows) -> 
     return Journal(work_folder(recipe.out), stage, hashlib.sha256(" ".join(parts).encode()).hexdigest())
 
 
+def write_factors(journal: Journal, factors: Factors) -> None:
+    """Leave the curvature of the model as it was loaded, unless it is large or waits off the device.
+
+    Args:
+        journal: from ``journal_of``.
+        factors: before anything is permuted.
+    """
+    if isinstance(factors.layers, FactorShelf):
+        return
+    tensors, rows = _parts(factors)
+    if sum(tensor.nbytes for tensor in tensors.values()) <= CURVATURE_BYTES:
+        record = {"layers": rows, "tokens": factors.tokens, "data_sha256": factors.data_sha256}
+        journal.write(CURVATURE, tensors, record)
+
+
+def read_factors(journal: Journal | None, model: PreTrainedModel) -> Factors | None:
+    """What ``write_factors`` left, or None; arguments as ``read_planned``."""
+    found = _sent(None if journal is None else journal.read(CURVATURE))
+    if found is None:
+        return None
+    tensors, record = found
+    return _factors(tensors, record["layers"], record, model.device)
+
+
+def _parts(factors: Factors) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and figures of all layers and streams; a matrix that several layers share is among them once."""
+    tensors: dict[str, Tensor] = {f"stream {name}": g for name, g in factors.streams.items()}
+    rows: dict[str, Any] = {}
+    owners: dict[int, str] = {}
+    for name, one in factors.layers.items():
+        owner = owners.setdefault(id(one.a), name)
+        tensors |= {f"mean {name}": one.mean, f"g {name}": one.g} | ({f"a {name}": one.a} if owner == name else {})
+        few = None if one.few is None else asdict(one.few)
+        rows[name] = {"a": owner, "tokens": one.tokens, "has_bias": one.has_bias, "few": few}
+    return tensors, rows
+
+
+def _factors(tensors: dict[str, Tensor], rows: dict[str, Any], record: dict[str, Any], device: torch.device) -> Factors:
+    """From what ``_parts`` gave, on a device."""
+    there = {name: tensor.to(device) for name, tensor in tensors.items() if name.split()[0] in ("a", "g", "mean")}
+    layers = {}
+    for name, row in rows.items():
+        few = None if row["few"] is None else FewTokens(**row["few"])
+        a, mean, g = there[f"a {row['a']}"], there[f"mean {name}"], there[f"g {name}"]
+        layers[name] = LayerFactors(a, mean, g, row["tokens"], row["has_bias"], few)
+    streams = {n.removeprefix("stream "): g.to(device) for n, g in tensors.items() if n.startswith("stream ")}
+    return Factors(layers, streams, record["tokens"], record["data_sha256"])
+
+
 def write_planned(journal: Journal, recipe: Recipe, model: PreTrainedModel, planned: Planned) -> None:
     """Leave a plan, what the rest of the run needs of the factors, and the dense weights where they have moved."""
     plan, factors = planned.plan, planned.factors
-    tensors: dict[str, Tensor] = {f"stream {name}": g for name, g in factors.streams.items()}
+    needed = factors.layers if recipe.refit or recipe.reconstruct_unit == "sublayer" else {}
+    tensors, kept = _parts(replace(factors, layers=needed))
     rows = []
     by_name = {layer.name: layer for layer in prunable_layers(model)}
     for made in plan.layers:
@@ -79,11 +130,6 @@ def write_planned(journal: Journal, recipe: Recipe, model: PreTrainedModel, plan
         alone = ranks.count() == 1 and journal.has(solved) and made.sparsity > 0  # its tensors lie there already
         tensors |= {} if alone else {f"{name} {made.name}": tensor for name, tensor in made.tensors().items()}
         rows.append({"name": made.name, "solved": solved if alone else None, "figures": made.figures()})
-    kept: dict[str, Any] = {}
-    if recipe.refit or recipe.reconstruct_unit == "sublayer":
-        for name, one in factors.layers.items():
-            tensors |= {f"a {name}": one.a, f"mean {name}": one.mean, f"g {name}": one.g}
-            kept[name] = [one.tokens, one.has_bias]
     for number, space in enumerate(planned.permuted):
         tensors[f"permutation {number}"] = space.permutation
     if planned.permuted:
@@ -125,13 +171,7 @@ def read_planned(journal: Journal | None, model: PreTrainedModel) -> Planned | N
     for name, parameter in model.named_parameters():
         if f"dense {name}" in tensors:
             parameter.data = tensors[f"dense {name}"].to(parameter.device)
-    kept: dict[str, LayerFactors] = {}
-    for name, (tokens, has_bias) in record["factors"].items():
-        a, mean, g = (tensors[f"{part} {name}"].to(model.device) for part in ("a", "mean", "g"))
-        kept[name] = LayerFactors(a, mean, g, tokens, has_bias)
-    streams = {name: g.to(model.device) for name, g in tensors.items() if name.startswith("stream ")}
-    streams = {name.removeprefix("stream "): g for name, g in streams.items()}
-    factors = Factors(kept, streams, record["tokens"], record["data_sha256"])
+    factors = _factors(tensors, record["factors"], record, model.device)
     layers = tuple(_layer(row, tensors, model) for row in record["layers"])
     permuted = [
         Permuted(permutation=tensors[f"permutation {number}"], **space)

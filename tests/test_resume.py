@@ -13,7 +13,7 @@ import pytest
 import torch
 from letters import save_llama
 
-from kfac_prune import curves, pipeline
+from kfac_prune import curves, pipeline, resume
 from kfac_prune.config import Recipe
 from kfac_prune.errors import InputError
 from kfac_prune.obs import THOROUGH
@@ -111,6 +111,32 @@ def test_neither_curvature_nor_plan_is_made_twice(fields, place, tmp_path, monke
         run(made)
     assert calls == []
     assert bytes_of(tmp_path / "other") == bytes_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("fields", [{"pattern": "2:4"}, {"pattern": "unstructured", "refit": True}], ids=str)
+def test_the_curvature_is_not_estimated_twice(fields, place, tmp_path, monkeypatch):
+    run(recipe(place, tmp_path / "whole", **fields))
+    made, calls = recipe(place, tmp_path / "other", resume=True, **fields), []
+
+    def stops(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "make_plan", stops)
+        with pytest.raises(KeyboardInterrupt):
+            run(made)
+    assert [file.name for file in (tmp_path / "other.work").iterdir()] == ["plan-curvature.safetensors"]
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "estimate_factors", lambda *a, **o: calls.append(a))
+        run(made)
+    assert calls == []
+    assert bytes_of(tmp_path / "other") == bytes_of(tmp_path / "whole")
+
+
+def test_large_curvature_is_estimated_again(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "CURVATURE_BYTES", 1000)
+    stopped_behind_the_plan(recipe(place, tmp_path / "out"), monkeypatch)
+    assert not (tmp_path / "out.work" / "plan-curvature.safetensors").exists()
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured"])

@@ -13,6 +13,7 @@ from kfac_prune.costs.dry_run import DryRun, Matrix, Passes
 from kfac_prune.costs.solver import QUICK, SLOW, SLOW_NM, curve_work, solve_work, workspace_bytes
 from kfac_prune.costs.work import Call, Product, Transfer, Work, total
 from kfac_prune.curvature.estimate import draws_per_window, layer_groups
+from kfac_prune.curvature.factors import CURVATURE_BYTES
 from kfac_prune.data import Windows
 from kfac_prune.probe import KEPT_BYTES, PROBE_PASSES, PROBE_TOKENS
 from kfac_prune.reconstruction import HELD_OUT, step_windows
@@ -179,7 +180,9 @@ def _curvature(s: Setting) -> Stage:
     passes = s.passes(min(s.recipe.batch_size, s.recipe.samples))
     held = passes.held / (s.dry.count if s.recipe.offload else 1) + OUTPUTS_BACKWARD * passes.output
     work = _visits(s, work, s.recipe.samples, 3 * (1 + later))
-    return _stage(s, "curvature", work, sums + held, waiting * s.gpu, waiting * (not s.gpu))
+    left = kept if s.groups == 1 and kept <= CURVATURE_BYTES else 0  # for --resume
+    work += Work({Transfer("hash"): left, Transfer("disk"): left})
+    return _stage(s, "curvature", work, sums + held, waiting * s.gpu, left + waiting * (not s.gpu))
 
 
 def _covariances(s: Setting, rows: int) -> Work:

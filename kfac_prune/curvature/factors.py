@@ -18,6 +18,9 @@ from kfac_prune.operators import Curvature, Damping, DampingRecord, Diagonal, Kr
 
 #: Of sums in float32: a variance below this fraction of the second moment is not known.
 ROUNDING = 1e-7
+#: Curvature that takes more bytes is not kept for an interrupted run: on the machines that run such models it is
+#: estimated again in about the time that writing, hashing and reading it takes.
+CURVATURE_BYTES = 8 * 2**30
 #: The hierarchy: H = I, H diagonal, H = I ⊗ A, H = G ⊗ A.
 Method = Literal["magnitude", "obd", "layerwise", "kfac"]
 
