@@ -503,7 +503,7 @@ def test_structured_model_card_tells_how_to_load(shrunk):
 
 
 def test_structured_stages_are_told_in_order(shrunk):
-    stages = ["load", "measure dense", "shrink", "reconstruct", "measure pruned", "measure speed", "save"]
+    stages = ["load", "shrink", "measure dense", "reconstruct", "measure pruned", "measure speed", "save"]
     assert [line[2:] for line in shrunk.lines if line.startswith("- ")] == list(shrunk.record["stages"]) == stages
     assert shrunk.lines[-1] == f"saved to {shrunk.out}"
     table = next(line for line in shrunk.lines if line.startswith("group"))
@@ -845,18 +845,19 @@ def full_disk(limit=4096):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("stage", ["save_model", "make_plan", "write_planned", "reconstruct_sparse"])
+@pytest.mark.parametrize("stage", ["save_model", "make_plan", "write_factors", "write_planned", "reconstruct_sparse"])
 def test_a_full_disk_loses_nothing(stage, recipe, tmp_path, monkeypatch):
     made = recipe("llama", reconstruct=1, pattern="2:4")
     run(made)
-    before, original = listing(tmp_path), getattr(pipeline, stage)
+    where = pipeline.resume if stage.startswith("write_") else pipeline
+    before, original = listing(tmp_path), getattr(where, stage)
 
     def fails(*args, **kwargs):
         with full_disk():
             return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, stage, fails)
+        patch.setattr(where, stage, fails)
         with pytest.raises(InputError, match=r"cannot be written \(.*File too large.*--resume goes on"):
             run(dataclasses.replace(made, overwrite=True))
     after = listing(tmp_path)
