@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kfac_prune import ranks
 from kfac_prune.config import Recipe
+from kfac_prune.curvature.factors import CURVATURE_BYTES
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.inputs import finite_windows, has_writers, load_inputs
@@ -72,8 +73,11 @@ def begin(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
     with stages("load"):
         loaded = load_inputs(recipe, objective, echo)
         model, layers, calibration = loaded.model, loaded.layers, loaded.calibration
-        room = 1.1 if recipe.structured else 4  # with what is left for --resume: plan, dense weights, trained blocks
-        check_output(recipe.out, overwrite=recipe.overwrite, need_bytes=int(room * model.get_memory_footprint()))
+        room = 3.2 if recipe.structured else 4  # with what is left for --resume: plan, dense weights, trained blocks
+        curvature = 4 * sum(m**2 + n**2 for m, n in (layer.shape for layer in layers))
+        left = 0 if recipe.structured or curvature > CURVATURE_BYTES else curvature
+        needed = int(room * model.get_memory_footprint()) + left
+        check_output(recipe.out, overwrite=recipe.overwrite, need_bytes=needed)
     echo(coverage(model, layers))
     if model.device.type == "cpu" and model.dtype.itemsize < 4:
         name = str(model.dtype).removeprefix("torch.")

@@ -89,6 +89,7 @@ def _take_over(model: PreTrainedModel) -> None:
             for own, p in module.named_parameters(recurse=False):
                 values[f"{name}.{own}" if name else own] = p.data
     remove_hook_from_module(model, recurse=True)
+    vars(model).pop("hf_device_map", None)
     for name, value in values.items():
         parent, _, own = name.rpartition(".")
         module = model.get_submodule(parent)

@@ -19,6 +19,7 @@ from kfac_prune.curvature.estimate import estimate_factors, participants
 from kfac_prune.curvature.factors import Factors
 from kfac_prune.curvature.sequences import SequenceFisher, check_memory
 from kfac_prune.errors import InputError
+from kfac_prune.experts import ExpertLinear
 from kfac_prune.export import save_model, save_side_files, verify_saved
 from kfac_prune.inputs import resolve_device
 from kfac_prune.job import Job, Outcome, begin, target_of
@@ -134,7 +135,9 @@ def _planned(job: Job, estimate: Callable[[], Factors], pattern: NM | None, damp
         return finished
     if method in SEQUENCE_METHODS:
         check_memory(method, layers, job.calibration, job.objective)
-    factors = resume.read_factors(journal if ranks.leads() else None, model) if recipe.resume else None
+    factors = None
+    if recipe.resume:
+        factors = resume.read_factors(journal if ranks.leads() else None, model, _bytes(recipe))
     if factors is not None:
         job.echo("- curvature: as the interrupted run left it")
     else:
@@ -327,7 +330,8 @@ def _shrink(job: Job) -> Outcome:
     if recipe.reconstruct and best.kl > 0:
         with stages("reconstruct"):
             width = model.config.get_text_config().hidden_size
-            writers = [layer for layer in prunable_layers(model) if layer.shape[0] == width]  # among others
+            layers = [layer for layer in prunable_layers(model) if not isinstance(layer.module, ExpertLinear)]
+            writers = [layer for layer in layers if layer.shape[0] == width]  # among others
             if job.objective.unit == "sequence":
                 writers = participants(model, writers, job.calibration, job.objective)
             factors = _factors(job, writers)

@@ -59,8 +59,8 @@ def join(device: str, expected: int | None = None) -> None:
 
 
 def _leave() -> None:
-    """Close the connections to the others before the interpreter ends the threads that serve them."""
-    if dist.is_initialized():
+    """Close gloo's connections to the others before the interpreter ends the threads that serve them."""
+    if dist.is_initialized() and dist.get_backend() == "gloo":
         dist.destroy_process_group()
 
 

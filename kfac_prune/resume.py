@@ -54,7 +54,7 @@ class Planned:
 
 
 def journal_of(recipe: Recipe, model: PreTrainedModel, calibration: Windows) -> Journal:
-    """Where the plan of a run is left, or its smaller model.
+    """Where curvature and plan of a run are left, or its smaller model.
 
     Args:
         recipe: resolved.
@@ -64,6 +64,8 @@ def journal_of(recipe: Recipe, model: PreTrainedModel, calibration: Windows) -> 
     fields = {name: value for name, value in asdict(recipe).items() if name not in ELSEWHERE}
     if not recipe.structured:
         del fields["shots"]  # they come after the plan
+    if recipe.target_latency is not None:
+        fields["device"] = recipe.device
     parts = [str(sorted(fields.items())), content_hash(model.state_dict()), calibration.sha256()]
     stage = "shrink" if recipe.structured else "plan"
     return Journal(work_folder(recipe.out), stage, hashlib.sha256(" ".join(parts).encode()).hexdigest())
@@ -84,12 +86,18 @@ def write_factors(journal: Journal, factors: Factors) -> None:
         journal.write(CURVATURE, tensors, record)
 
 
-def read_factors(journal: Journal | None, model: PreTrainedModel) -> Factors | None:
-    """What ``write_factors`` left, or None; arguments as ``read_planned``."""
-    found = _sent(None if journal is None else journal.read(CURVATURE))
-    if found is None:
+def read_factors(journal: Journal | None, model: PreTrainedModel, max_memory: int | None = None) -> Factors | None:
+    """What ``write_factors`` left, or None; also where that takes more than ``max_memory`` bytes.
+
+    Other arguments as ``read_planned``.
+    """
+    found = None if journal is None else journal.read(CURVATURE)
+    if found is not None and max_memory is not None and sum(t.nbytes for t in found[0].values()) > max_memory:
+        found = None
+    everywhere = _sent(found)
+    if everywhere is None:
         return None
-    tensors, record = found
+    tensors, record = everywhere
     return _factors(tensors, record["layers"], record, model.device)
 
 

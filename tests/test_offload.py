@@ -57,9 +57,9 @@ def test_a_model_that_accelerate_holds_elsewhere_is_taken_over(family, how, tmp_
     elif how == "disk":
         disk_offload(model, str(tmp_path), cpu)
     else:
-        first = find_blocks(model, prunable_layers(model))[0][0]
+        last = find_blocks(model, prunable_layers(model))[0][-1]
         owners = {name.rpartition(".")[0] for name, _ in model.named_parameters(remove_duplicate=False)}
-        places = {name: "disk" if name.startswith(f"{first}.") else "cpu" for name in owners}
+        places = {name: "disk" if name.startswith(f"{last}.") else "cpu" for name in owners}
         dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
     with pytest.raises(InputError, match=r"was loaded with device_map; let kfac_prune\.offload\.offload"):
         estimate_factors(model, prunable_layers(model), windows)

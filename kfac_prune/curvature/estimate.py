@@ -74,9 +74,9 @@ def estimate_factors(
     """
     if windows.tokens == 0:
         raise InputError("the calibration windows hold no token: every position is masked")
-    if layers and layers[0].weight.is_meta:
+    if (away := next((layer.name for layer in layers if layer.weight.is_meta), None)) is not None:
         raise InputError(
-            f"the weights of {layers[0].name} are not in memory, as of a model that was loaded with device_map; let "
+            f"the weights of {away} are not in memory, as of a model that was loaded with device_map; let "
             "kfac_prune.offload.offload(model, device) take it over"
         )
     draws = draw_all(model, windows, objective, seed)

@@ -103,6 +103,11 @@ def _others(group: Member, kept: Tensor) -> Tensor:
     return columns[~torch.isin(columns, group.columns(kept))]
 
 
+def multiple_of(group: Group, multiple: int) -> int:
+    """Of which the widths of an FFN or of experts are, where the user wants multiples of ``multiple``."""
+    return math.lcm(multiple, EXPERTS_MULTIPLE) if isinstance(group, ExpertUnits) else multiple
+
+
 def options_of(group: Group, problem: Callable[[Member], ColumnProblem], multiple: int) -> list[Option]:
     """All sizes that a group can have, by increasing saving; the first keeps everything.
 
@@ -111,8 +116,8 @@ def options_of(group: Group, problem: Callable[[Member], ColumnProblem], multipl
         problem: the removal of the columns of a member's consumer.
         multiple: of FFN widths.
     """
+    multiple = multiple_of(group, multiple)
     if isinstance(group, ExpertUnits):
-        multiple = math.lcm(multiple, EXPERTS_MULTIPLE)
         return expert_options([ffn_options(one, problem(one), multiple) for one in group.experts])
     if isinstance(group, FfnUnits):
         return ffn_options(group, problem(group), multiple)

@@ -73,14 +73,19 @@ def speeds(models: Sequence[PreTrainedModel], length: int) -> list[Speed]:
             repeats=1,
         )
 
-    with torch.inference_mode(), ExitStack() as whole:
-        for model in models:
+    with ExitStack() as whole:
+        for model in dict.fromkeys(models):
             whole.enter_context(whole_experts(model))
-            prefill(model)  # the first pass pays for kernels and memory
-        rounds = [
-            [(milliseconds(partial(prefill, m), m.device, repeats=1), decode(m) if generates else 0.0) for m in models]
-            for _ in range(7)
-        ]
+        with torch.inference_mode():
+            for model in models:
+                prefill(model)  # the first pass pays for kernels and memory
+            rounds = [
+                [
+                    (milliseconds(partial(prefill, m), m.device, repeats=1), decode(m) if generates else 0.0)
+                    for m in models
+                ]
+                for _ in range(7)
+            ]
     return [
         Speed(median(r[i][0] for r in rounds), median(r[i][1] for r in rounds) / decoded if generates else None)
         for i in range(len(models))

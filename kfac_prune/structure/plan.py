@@ -161,8 +161,8 @@ def one_size(
         held = accepted_heads(model, attentions[0])
         common["heads"] = {size: taken for size, taken in common["heads"].items() if size == whole or size in held}
     choices = []  # per kind, by increasing saving: what is saved, the cost, and the options
-    for kind, members in kinds.items():
-        rows = []
+    for kind in sorted(kinds, key=lambda kind: (kind != "heads", len(common[kind]))):
+        members, rows = kinds[kind], []
         for taken in common[kind].values():
             saved = sum(saving(group, option) for group, option in zip(members, taken, strict=True))
             plan = {group.name: option for group, option in zip(members, taken, strict=True)}
@@ -174,10 +174,17 @@ def one_size(
 def _cheapest(
     choices: Sequence[Sequence[tuple[float, float, dict[str, Option]]]], target: float
 ) -> dict[str, Option] | None:
-    """One (saving, cost, plan) of every sequence such that the savings reach the target at the least total cost."""
+    """One (saving, cost, plan) of every sequence such that the savings reach the target at the least total cost.
+
+    Of the last sequence, by increasing saving and cost, the first is taken that reaches it.
+    """
+    *others, last = choices
     best: tuple[float, dict[str, Option]] | None = None
-    for taken in product(*choices):
-        if sum(saving for saving, _, _ in taken) >= target:
+    for some in product(*others):
+        needed = target - sum(saving for saving, _, _ in some)
+        one = next((row for row in last if row[0] >= needed), None)
+        if one is not None:
+            taken = (*some, one)
             cost = sum(cost for _, cost, _ in taken)
             if best is None or cost < best[0]:
                 best = cost, {name: option for _, _, plan in taken for name, option in plan.items()}

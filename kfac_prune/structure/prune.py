@@ -20,7 +20,7 @@ from kfac_prune.models import Layer, prunable_layers
 from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.operators import Damping
 from kfac_prune.quality import evaluate
-from kfac_prune.structure.curves import Option
+from kfac_prune.structure.curves import Option, multiple_of
 from kfac_prune.structure.groups import AttentionHeads, Group, consumers_of, find_heads, find_widths, saving
 from kfac_prune.structure.plan import Problem, Saving, one_size, own_sizes
 from kfac_prune.structure.repair import repair
@@ -100,7 +100,7 @@ class Shrunk:
         model: the smaller model.
         widths: "uniform" (plain configuration) or "per-layer".
         sizes: per group its size before and after: (units,) or (KV groups, query heads per group).
-        unseen: names of the experts that no token reached in the dense model; their units went by magnitude.
+        unseen: the consumers of experts that no token reached in the dense model; their units went by magnitude.
         predicted: summed costs of all cuts before their refit, nats per unit of the objective.
         kl: KL(dense‖model) on the held-out calibration windows, nats per unit.
         shots: that were taken.
@@ -331,7 +331,8 @@ class _Job:
 
 def _check_same(problem: Problem, cuts: Sequence[Cut], smaller: PreTrainedModel, windows: Windows) -> None:
     """The smaller model computes what the model with zeros does; nothing else in the architecture knew of the units."""
-    batch = next(windows.batches(1))
+    mixture = any(isinstance(cut.group.consumer.module, ExpertLinear) for cut in cuts)
+    batch = next(windows.batches(8 if mixture else 1))
     ids, mask = batch.input_ids.to(smaller.device), batch.attention_mask
     mask = None if mask is None else mask.to(smaller.device)
     with torch.inference_mode():
@@ -342,7 +343,6 @@ def _check_same(problem: Problem, cuts: Sequence[Cut], smaller: PreTrainedModel,
         except RuntimeError as error:  # shapes that do not fit together
             raise InputError(f"{_DIFFERS}: {str(error).splitlines()[0]}") from error
     per_token = (got - wanted).abs().amax(-1)
-    mixture = any(isinstance(cut.group.consumer.module, ExpertLinear) for cut in cuts)
     largest = per_token.median() if mixture else per_token.max()  # rounding may send a token to another expert
     difference = float(largest / wanted.abs().max())
     if not difference < (1e-4 if smaller.dtype == torch.float32 else 5e-2):
@@ -369,7 +369,8 @@ def _check_reach(groups: Sequence[Group], target: Target, multiple: int) -> None
     most = 0.0
     for group in groups:
         everything = group.everything()
-        least = everything[:1, :1] if isinstance(group, AttentionHeads) else everything[..., :multiple]
+        heads = isinstance(group, AttentionHeads)
+        least = everything[:1, :1] if heads else everything[..., : multiple_of(group, multiple)]
         most += target.saving(group, Option(least, saving(group, least), 0.0))
     if most < target.amount * (1 - 1e-9):
         raise InputError(

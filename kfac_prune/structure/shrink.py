@@ -57,7 +57,7 @@ class Cut:
 
 
 def shrink(model: PreTrainedModel, cuts: Sequence[Cut], *, plain: bool = False) -> PreTrainedModel:
-    """A new, smaller model: producers' rows sliced, consumers' weights replaced, all other tensors shared.
+    """A new, smaller model: producers' rows sliced, consumers' weights replaced, all other tensors but experts' shared.
 
     Where every FFN of a kind has one width and every attention the same heads, and an architecture can say so, the
     result is a plain model with a plain configuration. Otherwise it is one with widths of its own (``pruned_model``).
