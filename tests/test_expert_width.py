@@ -8,9 +8,8 @@ import random
 import pytest
 import torch
 from families import random_model
-from letters import LETTERS, letter_tokenizer
-from test_experts import LOCAL, MODELS, logits, text, without_tokens
-from transformers import AutoModelForCausalLM, MixtralConfig
+from test_experts import MODELS, logits, save_mixtral, text, without_tokens
+from transformers import AutoModelForCausalLM
 
 from kfac_prune.cli import main
 from kfac_prune.curvature.estimate import estimate_factors
@@ -285,15 +284,7 @@ def test_speed_is_that_of_the_saved_form(monkeypatch):
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    torch.manual_seed(0)
-    options = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = MixtralConfig(
-        vocab_size=40, num_hidden_layers=2, max_position_embeddings=64, initializer_range=0.3, **options, **LOCAL
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    letter_tokenizer().save_pretrained(tmp_path / "model")
-    rng = random.Random(0)
-    (tmp_path / "text.txt").write_text("".join(rng.choices(LETTERS[:12] + "  ", k=6000)), encoding="utf-8")
+    save_mixtral(tmp_path, width=64)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -374,17 +374,22 @@ def test_the_order_of_a_block_holds_every_expert_whatever_the_batch(ready):
 # --- whole runs
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
+def save_mixtral(folder, width=24):
+    """A model with letters for tokens, and text for it."""
     torch.manual_seed(0)
-    options = {"hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+    options = {"hidden_size": 32, "intermediate_size": width, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = MixtralConfig(
         vocab_size=40, num_hidden_layers=2, max_position_embeddings=64, initializer_range=0.3, **options, **LOCAL
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    letter_tokenizer().save_pretrained(tmp_path / "model")
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+    letter_tokenizer().save_pretrained(folder / "model")
     rng = random.Random(0)
-    (tmp_path / "text.txt").write_text("".join(rng.choices(LETTERS[:12] + "  ", k=6000)), encoding="utf-8")
+    (folder / "text.txt").write_text("".join(rng.choices(LETTERS[:12] + "  ", k=6000)), encoding="utf-8")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    save_mixtral(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -44,12 +44,12 @@ def bytes_of(out):
     return {file.name: file.read_bytes() for file in Path(out).iterdir() if file.name not in varying}
 
 
-def stopped_behind_the_plan(made, monkeypatch):
+def stopped(made, monkeypatch, at="evaluate"):
     def stops(*arguments, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "evaluate", stops)
+        patch.setattr(pipeline, at, stops)
         with pytest.raises(KeyboardInterrupt):
             run(made)
 
@@ -104,7 +104,7 @@ def test_neither_curvature_nor_plan_is_made_twice(fields, place, tmp_path, monke
     run(recipe(place, tmp_path / "whole", **fields))
     made = recipe(place, tmp_path / "other", resume=True, **fields)
     calls = []
-    stopped_behind_the_plan(made, monkeypatch)
+    stopped(made, monkeypatch)
     with monkeypatch.context() as patch:
         for name in ("estimate_factors", "permute_model", "make_plan"):
             patch.setattr(pipeline, name, lambda *a, name=name, **o: calls.append(name))
@@ -117,14 +117,7 @@ def test_neither_curvature_nor_plan_is_made_twice(fields, place, tmp_path, monke
 def test_the_curvature_is_not_estimated_twice(fields, place, tmp_path, monkeypatch):
     run(recipe(place, tmp_path / "whole", **fields))
     made, calls = recipe(place, tmp_path / "other", resume=True, **fields), []
-
-    def stops(*arguments, **options):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "make_plan", stops)
-        with pytest.raises(KeyboardInterrupt):
-            run(made)
+    stopped(made, monkeypatch, at="make_plan")
     assert [file.name for file in (tmp_path / "other.work").iterdir()] == ["plan-curvature.safetensors"]
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "estimate_factors", lambda *a, **o: calls.append(a))
@@ -135,7 +128,7 @@ def test_the_curvature_is_not_estimated_twice(fields, place, tmp_path, monkeypat
 
 def test_large_curvature_is_estimated_again(place, tmp_path, monkeypatch):
     monkeypatch.setattr(resume, "CURVATURE_BYTES", 1000)
-    stopped_behind_the_plan(recipe(place, tmp_path / "out"), monkeypatch)
+    stopped(recipe(place, tmp_path / "out"), monkeypatch)
     assert not (tmp_path / "out.work" / "plan-curvature.safetensors").exists()
 
 
@@ -194,7 +187,7 @@ def test_clearing_can_be_interrupted_anywhere(place, tmp_path, monkeypatch):
 
 
 def test_a_plan_that_has_lost_a_layer_is_refused(place, tmp_path, monkeypatch):
-    stopped_behind_the_plan(recipe(place, tmp_path / "out"), monkeypatch)
+    stopped(recipe(place, tmp_path / "out"), monkeypatch)
     (tmp_path / "out.work" / "plan-layer-model.layers.0.mlp.up_proj.safetensors").unlink()
     with pytest.raises(InputError, match=r"out\.work has lost layer model\.layers\.0\.mlp\.up_proj of a plan"):
         run(recipe(place, tmp_path / "out", resume=True))
@@ -209,7 +202,7 @@ SMALLER = {"pattern": "unstructured", "structured": "ffn,heads", "sparsity": 0.3
 def test_a_smaller_model_is_not_made_twice(fields, place, tmp_path, monkeypatch):
     run(recipe(place, tmp_path / "whole", **SMALLER, **fields))
     made, calls = recipe(place, tmp_path / "other", resume=True, **SMALLER, **fields), []
-    stopped_behind_the_plan(made, monkeypatch)
+    stopped(made, monkeypatch)
     assert [file.name for file in (tmp_path / "other.work").iterdir()] == ["shrink-model.safetensors"]
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "prune_structured", lambda *a, **o: calls.append(a))
@@ -218,7 +211,7 @@ def test_a_smaller_model_is_not_made_twice(fields, place, tmp_path, monkeypatch)
     assert bytes_of(tmp_path / "other") == bytes_of(tmp_path / "whole")
     assert record["groups"] == json.loads((tmp_path / "whole" / "kfac_prune.json").read_text())["groups"]
     assert not (tmp_path / "other.work").exists()
-    stopped_behind_the_plan(recipe(place, tmp_path / "third", **SMALLER, **fields), monkeypatch)
+    stopped(recipe(place, tmp_path / "third", **SMALLER, **fields), monkeypatch)
     with pytest.raises(InputError, match=r"shrink-model.safetensors is from another run"):
         run(recipe(place, tmp_path / "third", resume=True, **SMALLER, **fields | {"shots": 3}))
 
@@ -230,7 +223,7 @@ class TestFiles:
     )
     def interrupted(self, place, tmp_path, monkeypatch, request):
         """A file of a plan, of a run that was stopped behind it."""
-        stopped_behind_the_plan(recipe(place, tmp_path / "out"), monkeypatch)
+        stopped(recipe(place, tmp_path / "out"), monkeypatch)
         return tmp_path / "out.work" / request.param
 
     def test_truncated(self, interrupted, place, tmp_path):
