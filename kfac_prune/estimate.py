@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from kfac_prune.data import MAX_TEXT_BYTES
 from kfac_prune.errors import InputError
 from kfac_prune.inputs import resolve_device
 from kfac_prune.inspect_model import empty_model
-from kfac_prune.models import DTYPES, load_config
+from kfac_prune.models import DTYPES, load_config, load_tokenizer
 from kfac_prune.objective import find_objective
 
 GIB = 2**30
 #: Share of the processor that others use, from which times are not to be trusted.
 BUSY = 0.2
+#: Characters of a text that its tokenizer is timed on.
+SAMPLE = 300_000
 #: Of a GPU's memory, what is left to a run: the rest is the driver's and lost between allocations.
 USABLE = 0.92
 
@@ -160,6 +163,8 @@ def estimate(recipe: Recipe, card: str | None = None) -> Estimate:
         raise InputError(f"--seqlen is {recipe.seqlen}, and the model's context is {limit} tokens; lower --seqlen")
     dtype = DTYPES[recipe.dtype] if recipe.dtype != "auto" else _stored(config)
     machine = named(card) if card is not None else measured(resolve_device(recipe.device), dtype)
+    if card is None and (speed := _tokenizing(recipe)) is not None:
+        machine = replace(machine, channels={**machine.channels, "text": speed})
     model = empty_model(recipe.model, config, recipe.trust_remote_code, dtype)
     dry = DryRun(model, objective, recipe.include, recipe.ignore)
     parameters = model.num_parameters()
@@ -216,6 +221,23 @@ def _text_bytes(recipe: Recipe) -> dict[str, float]:
         except (OSError, RuntimeError) as error:
             raise InputError(f"{source} cannot be looked at: {error}") from error
     return sizes
+
+
+def _tokenizing(recipe: Recipe) -> float | None:
+    """Bytes per second of the model's tokenizer on the beginning of a text; None where one of them is not here."""
+    files = _text_bytes(recipe)
+    if not files or not Path(recipe.model).expanduser().is_dir():
+        return None
+    try:
+        tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
+        with Path(next(iter(files))).open(encoding="utf-8", errors="replace") as file:
+            text = file.read(SAMPLE)
+    except (InputError, OSError):  # a configuration alone is enough for an estimate
+        return None
+    tokenizer(text[: SAMPLE // 10])  # the first call pays for what it builds
+    begin = time.thread_time()
+    tokenizer(text)
+    return len(text.encode()) / max(time.thread_time() - begin, 1e-6)
 
 
 def write_record(found: Estimate, file: str) -> None:

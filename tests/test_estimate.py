@@ -1,11 +1,13 @@
 """What a run is said to take, against counted operations, real tensors, and each other; nothing here measures time."""
 
 import dataclasses
+import importlib
 import json
 import time
 
 import pytest
 import torch
+from letters import letter_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, MixtralConfig
 
@@ -43,6 +45,9 @@ def save(config, folder, name="LlamaForCausalLM"):
     config.architectures = [name]
     config.save_pretrained(folder)
     return str(folder)
+
+
+estimate_module = importlib.import_module("kfac_prune.estimate")
 
 
 @pytest.fixture
@@ -285,6 +290,20 @@ def test_stages_are_those_of_a_run(source):
     with_pattern = [row.stage for row in estimated(source, pattern="2:4", reconstruct=0).rows]
     assert {"permute", "refit"} < set(with_pattern)
     assert "reconstruct" not in with_pattern
+
+
+def test_a_tokenizer_that_is_there_is_timed(source, tmp_path, monkeypatch):
+    file = tmp_path / "text.txt"
+    file.write_text("abc de " * 20000)
+    text = dataclasses.replace(recipe(source), data=str(file), device="cpu")
+    assert estimate_module._tokenizing(text) is None  # a configuration alone
+    letter_tokenizer().save_pretrained(source)
+    speed = estimate_module._tokenizing(text)
+    assert speed > 1000
+    monkeypatch.setattr(estimate_module, "_tokenizing", lambda recipe: speed)
+    fast = estimate(text).machine
+    assert fast.channels["text"] == speed
+    assert estimate(dataclasses.replace(text, device="auto"), "h100").machine.channels["text"] != speed
 
 
 def test_text_that_is_there_counts(source, tmp_path):
