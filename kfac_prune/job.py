@@ -75,7 +75,7 @@ def begin(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
         model, layers, calibration = loaded.model, loaded.layers, loaded.calibration
         room = 3.2 if recipe.structured else 4  # with what is left for --resume: plan, dense weights, trained blocks
         curvature = 4 * sum(m**2 + n**2 for m, n in (layer.shape for layer in layers))
-        left = 0 if recipe.structured or curvature > CURVATURE_BYTES else curvature
+        left = 0 if recipe.structured else min(curvature, CURVATURE_BYTES)
         needed = int(room * model.get_memory_footprint()) + left
         check_output(recipe.out, overwrite=recipe.overwrite, need_bytes=needed)
     echo(coverage(model, layers))

@@ -44,7 +44,7 @@ from kfac_prune.report import (
 from kfac_prune.shots import Correction, correct, shots_of
 from kfac_prune.store import clear_work, new_folder, work_folder
 from kfac_prune.structure.latency import speeds
-from kfac_prune.structure.prune import Settings, find_groups, prune_structured
+from kfac_prune.structure.prune import Settings, Shrunk, find_groups, prune_structured
 from kfac_prune.structure.repair import reconstruct_smaller
 
 logger = logging.getLogger("kfac_prune")
@@ -130,21 +130,18 @@ def _planned(job: Job, estimate: Callable[[], Factors], pattern: NM | None, damp
     assert recipe.sparsity is not None
     assert recipe.allocation is not None
     journal = resume.journal_of(recipe, model, job.calibration)
-    if recipe.resume and (finished := resume.read_planned(journal if ranks.leads() else None, model)) is not None:
+    if recipe.resume and (finished := resume.read_planned(journal, model)) is not None:
         job.echo("- plan: as the interrupted run left it")
         return finished
     if method in SEQUENCE_METHODS:
         check_memory(method, layers, job.calibration, job.objective)
-    factors = None
-    if recipe.resume:
-        factors = resume.read_factors(journal if ranks.leads() else None, model, _bytes(recipe))
+    factors = resume.read_factors(journal, model, _bytes(recipe)) if recipe.resume else None
     if factors is not None:
         job.echo("- curvature: as the interrupted run left it")
     else:
         with stages("curvature"):
             factors = estimate()
-            if ranks.leads():
-                resume.write_factors(journal, factors)
+            resume.write_factors(journal, factors)
     layers = [layer for layer in layers if layer.name in factors.layers]  # experts without tokens are left
     if not layers:
         raise InputError("no token of the calibration text is routed to the chosen experts; add --samples, or others")
@@ -185,8 +182,7 @@ def _planned(job: Job, estimate: Callable[[], Factors], pattern: NM | None, damp
             quiet=job.quiet,
         )
     planned = resume.Planned(plan, factors, permuted)
-    if ranks.leads():
-        resume.write_planned(journal, recipe, model, planned)
+    resume.write_planned(journal, recipe, model, planned)
     return planned
 
 
@@ -195,21 +191,22 @@ def _bytes(recipe: Recipe) -> int | None:
     return None if recipe.max_memory is None else int(recipe.max_memory * 2**30)
 
 
+def _estimation(job: Job) -> dict[str, Any]:
+    """How curvature is estimated, in arguments."""
+    recipe = job.recipe
+    return {
+        "objective": job.objective,
+        "fisher": recipe.fisher,
+        "seed": recipe.seed,
+        "batch_size": recipe.batch_size,
+        "max_memory": _bytes(recipe),
+        "quiet": job.quiet,
+    }
+
+
 def _factors(job: Job, layers: Sequence[Layer]) -> Factors:
     """Of some layers of the model."""
-    recipe = job.recipe
-    fisher: Any = recipe.fisher  # the recipe has checked it
-    return estimate_factors(
-        job.model,
-        layers,
-        job.calibration,
-        objective=job.objective,
-        fisher=fisher,
-        seed=recipe.seed,
-        batch_size=recipe.batch_size,
-        max_memory=_bytes(recipe),
-        quiet=job.quiet,
-    )
+    return estimate_factors(job.model, layers, job.calibration, **_estimation(job))
 
 
 def _mask(job: Job) -> Outcome:
@@ -277,52 +274,43 @@ def _mask(job: Job) -> Outcome:
     return Outcome(model, dense_quality, pruned_quality, record | {"experts_without_tokens": idle} | recovery)
 
 
-def _shrink(job: Job) -> Outcome:
-    """Structured pruning: a smaller model beside the dense one."""
-    recipe, model, stages = job.recipe, job.model, job.stages
+def _smaller(job: Job) -> tuple[Shrunk, list[dict[str, Any]]]:
+    """The smaller model and figures of the plans that lost, or what an interrupted run has left of them."""
+    recipe, model = job.recipe, job.model
     kinds: Any = recipe.kinds  # the recipe has checked them, and the other literal types below
     method: Any = recipe.method
-    fisher: Any = recipe.fisher
     widths: Any = recipe.widths
-    shelf: Any = recipe.streams
     assert recipe.damping is not None
     assert recipe.refit is not None
     groups = find_groups(model, job.layers, kinds)  # refused before any long work
-    measured: Any = {"objective": job.objective, "batch_size": recipe.batch_size, "quiet": job.quiet}
     journal = resume.journal_of(recipe, model, job.calibration)
-    finished = resume.read_shrunk(journal if ranks.leads() else None, model) if recipe.resume else None
-    if finished is not None:
+    if recipe.resume and (finished := resume.read_shrunk(journal, model)) is not None:
         job.echo("- shrink: as the interrupted run left it")
-        best, others = finished
-    else:
-        target = target_of(job, groups)
-        with stages("shrink"):
-            best, lost = prune_structured(
-                model,
-                job.layers,
-                job.calibration,
-                target,
-                kinds=kinds,
-                widths=widths,
-                settings=Settings(
-                    method=method,
-                    shots=recipe.shots,
-                    refit=recipe.refit,
-                    multiple=recipe.multiple,
-                    damping=Damping(recipe.damping),
-                    objective=job.objective,
-                    fisher=fisher,
-                    seed=recipe.seed,
-                    batch_size=recipe.batch_size,
-                    max_memory=_bytes(recipe),
-                    quiet=job.quiet,
-                ),
-                echo=job.echo,
-            )
-            others = [{"widths": o.widths, "shots": o.shots, "kl_calibration": o.kl} for o in lost]
-            del lost  # their models
-            if ranks.leads():
-                resume.write_shrunk(journal, best, others)
+        return finished
+    target = target_of(job, groups)
+    settings = Settings(
+        method=method,
+        shots=recipe.shots,
+        refit=recipe.refit,
+        multiple=recipe.multiple,
+        damping=Damping(recipe.damping),
+        **_estimation(job),
+    )
+    with job.stages("shrink"):
+        best, lost = prune_structured(
+            model, job.layers, job.calibration, target, kinds=kinds, widths=widths, settings=settings, echo=job.echo
+        )
+        others = [{"widths": o.widths, "shots": o.shots, "kl_calibration": o.kl} for o in lost]
+        resume.write_shrunk(journal, best, others)
+    return best, others
+
+
+def _shrink(job: Job) -> Outcome:
+    """Structured pruning: a smaller model beside the dense one."""
+    recipe, model, stages = job.recipe, job.model, job.stages
+    shelf: Any = recipe.streams  # the recipe has checked it
+    measured: Any = {"objective": job.objective, "batch_size": recipe.batch_size, "quiet": job.quiet}
+    best, others = _smaller(job)
     job.echo(best.table())
     with stages("measure dense"):
         dense = evaluate(model, job.held_out, label="dense", **measured)

@@ -29,6 +29,20 @@ PROBE_TOKENS, PROBE_PASSES = 4096, 8
 KEPT_BYTES = 2**30
 
 
+def last_few(windows: Windows, measurements: int, passes: int) -> Windows:
+    """The last windows: at most ``PROBE_TOKENS``, and so few that all measurements together take so many passes.
+
+    Never fewer than 4, where there are as many.
+
+    Args:
+        windows: to measure on.
+        measurements: that are due, each on all windows that are chosen.
+        passes: over ``windows``.
+    """
+    count = max(min(passes * len(windows) // measurements, PROBE_TOKENS * len(windows) // windows.tokens), 4)
+    return windows.split(count)[1] if len(windows) > count else windows
+
+
 class Probe:
     """Measures what pruning one layer alone costs, or those of one block, where all others are dense.
 
@@ -70,9 +84,7 @@ class Probe:
         cls, model: PreTrainedModel, calibration: Windows, batch_size: int = 4, objective: Objective = CAUSAL
     ) -> Probe:
         """A probe on the last few calibration windows, fewer where the model has many layers."""
-        affordable = PROBE_PASSES * len(calibration) // len(prunable_layers(model))
-        count = max(min(affordable, PROBE_TOKENS * len(calibration) // calibration.tokens), 4)
-        few = calibration.split(count)[1] if len(calibration) > count else calibration
+        few = last_few(calibration, len(prunable_layers(model)), PROBE_PASSES)
         return cls(model, few, batch_size, objective)
 
     def __call__(self, layers: Sequence[Layer], planned: Sequence[PlannedLayer]) -> float:

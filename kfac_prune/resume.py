@@ -1,8 +1,10 @@
-"""Curvature, plans and smaller models as files, from which a run that was interrupted goes on."""
+"""Curvature, plans and smaller models as files, from which a run that was interrupted goes on.
+
+Of several processes the one that leads writes and reads them, and sends what it has read to the others.
+"""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -28,7 +30,7 @@ from kfac_prune.problems import PlannedLayer, part
 from kfac_prune.pruned_model import with_own_widths
 from kfac_prune.store import Journal, content_hash, work_folder
 from kfac_prune.structure.prune import Shrunk
-from kfac_prune.structure.shrink import base_class, filled
+from kfac_prune.structure.shrink import base_class, empty_of, filled
 
 #: Fields of a recipe that move neither a plan nor a smaller model.
 ELSEWHERE = (
@@ -78,7 +80,7 @@ def write_factors(journal: Journal, factors: Factors) -> None:
         journal: from ``journal_of``.
         factors: before anything is permuted.
     """
-    if isinstance(factors.layers, FactorShelf):
+    if isinstance(factors.layers, FactorShelf) or not ranks.leads():
         return
     tensors, rows = _parts(factors)
     if sum(tensor.nbytes for tensor in tensors.values()) <= CURVATURE_BYTES:
@@ -86,12 +88,9 @@ def write_factors(journal: Journal, factors: Factors) -> None:
         journal.write(CURVATURE, tensors, record)
 
 
-def read_factors(journal: Journal | None, model: PreTrainedModel, max_memory: int | None = None) -> Factors | None:
-    """What ``write_factors`` left, or None; also where that takes more than ``max_memory`` bytes.
-
-    Other arguments as ``read_planned``.
-    """
-    found = None if journal is None else journal.read(CURVATURE)
+def read_factors(journal: Journal, model: PreTrainedModel, max_memory: int | None = None) -> Factors | None:
+    """What ``write_factors`` left, or None; also where that takes more than ``max_memory`` bytes."""
+    found = journal.read(CURVATURE) if ranks.leads() else None
     if found is not None and max_memory is not None and sum(t.nbytes for t in found[0].values()) > max_memory:
         found = None
     everywhere = _sent(found)
@@ -128,6 +127,8 @@ def _factors(tensors: dict[str, Tensor], rows: dict[str, Any], record: dict[str,
 
 def write_planned(journal: Journal, recipe: Recipe, model: PreTrainedModel, planned: Planned) -> None:
     """Leave a plan, what the rest of the run needs of the factors, and the dense weights where they have moved."""
+    if not ranks.leads():
+        return
     plan, factors = planned.plan, planned.factors
     needed = factors.layers if recipe.refit or recipe.reconstruct_unit == "sublayer" else {}
     tensors, kept = _parts(replace(factors, layers=needed))
@@ -156,17 +157,10 @@ def write_planned(journal: Journal, recipe: Recipe, model: PreTrainedModel, plan
     journal.write(PART, tensors, record)
 
 
-def read_planned(journal: Journal | None, model: PreTrainedModel) -> Planned | None:
-    """What ``write_planned`` left, or None; the model gets the order of channels that the plan is for.
-
-    Several processes get what the one that leads has found.
-
-    Args:
-        journal: None in the processes that do not lead.
-        model: dense, as loaded.
-    """
-    found = None if journal is None else journal.read(PART)
-    if journal is not None and found is not None:
+def read_planned(journal: Journal, model: PreTrainedModel) -> Planned | None:
+    """What ``write_planned`` left, or None; the model, as loaded, gets the order of channels that the plan is for."""
+    found = journal.read(PART) if ranks.leads() else None
+    if found is not None:
         for row in (row for row in found[1]["layers"] if row["solved"] is not None):
             solved = journal.read(row["solved"])
             if solved is None:
@@ -196,6 +190,8 @@ def write_shrunk(journal: Journal, best: Shrunk, others: Sequence[dict[str, Any]
         best: the plan that was kept.
         others: figures of those that were not.
     """
+    if not ranks.leads():
+        return
     figures = {field: value for field, value in vars(best).items() if field != "model"}
     config = json.loads(best.model.config.to_json_string(use_diff=False))
     record = {"class": base_class(best.model).__name__, "config": config, "figures": figures, "others": list(others)}
@@ -203,27 +199,18 @@ def write_shrunk(journal: Journal, best: Shrunk, others: Sequence[dict[str, Any]
         journal.write(SMALLER, best.model.state_dict(), record)
 
 
-def read_shrunk(journal: Journal | None, model: PreTrainedModel) -> tuple[Shrunk, list[dict[str, Any]]] | None:
-    """What ``write_shrunk`` left, or None.
-
-    Several processes get what the one that leads has found.
-
-    Args:
-        journal: None in the processes that do not lead.
-        model: dense.
-    """
-    found = _sent(None if journal is None else journal.read(SMALLER))
+def read_shrunk(journal: Journal, model: PreTrainedModel) -> tuple[Shrunk, list[dict[str, Any]]] | None:
+    """What ``write_shrunk`` left of a cut of the dense model, or None."""
+    found = _sent(journal.read(SMALLER) if ranks.leads() else None)
     if found is None:
         return None
     tensors, record = found
     kind: Any = base_class(model)
     if kind.__name__ != record["class"]:  # a Llama that is stored as the Mistral which it equals
         kind = getattr(transformers, record["class"])
-    config = kind.config_class.from_dict(copy.deepcopy(record["config"]))
-    for choice in ("_attn_implementation", "_experts_implementation"):
-        setattr(config, choice, getattr(model.config, choice, None))
-    with torch.device("meta"):
-        empty = (with_own_widths(kind) if hasattr(config, "pruned_shapes") else kind)(config)
+    if "pruned_shapes" in record["config"]:
+        kind = with_own_widths(kind)
+    empty = empty_of(kind, record["config"], model)
     smaller = filled(empty, {name: tensor.to(model.device) for name, tensor in tensors.items()}, model)
     figures = record["figures"]
     sizes = {name: (tuple(before), tuple(after)) for name, (before, after) in figures.pop("sizes").items()}

@@ -19,7 +19,7 @@ from kfac_prune.data import Windows
 from kfac_prune.models import WeightSwap
 from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.operators import Curvature, Damping
-from kfac_prune.probe import PROBE_TOKENS, Probe
+from kfac_prune.probe import Probe, last_few
 from kfac_prune.structure.curves import MEASURED, Option, corrected, options_of
 from kfac_prune.structure.groups import AttentionHeads, Group, Member, consumers_of
 from kfac_prune.structure.removal import ColumnProblem, compensated
@@ -113,8 +113,10 @@ class Problem:
             batch_size: windows per pass.
             quiet: show no progress bar.
         """
-        few = None if windows is None else _few(windows, len(self.groups))
-        probe = None if few is None else Probe(self.model, few, batch_size, self.objective)
+        probe = None
+        if windows is not None:
+            few = last_few(windows, len(MEASURED) * len(self.groups), MEASURING_PASSES)
+            probe = Probe(self.model, few, batch_size, self.objective)
         found = {}
         for group in tqdm(ranks.share(self.groups), desc="cost curves", unit="group", disable=quiet):
             options = options_of(group, self.removal, multiple)
@@ -123,13 +125,6 @@ class Problem:
             found[group.name] = options
         curves = {name: options for part in ranks.gathered(found) for name, options in part.items()}
         return {group.name: curves[group.name] for group in self.groups}
-
-
-def _few(windows: Windows, groups: int) -> Windows:
-    """As many of them as the curves of so many groups are measured on."""
-    affordable = MEASURING_PASSES * len(windows) // (len(MEASURED) * groups)
-    count = max(min(affordable, PROBE_TOKENS * len(windows) // windows.tokens), 4)
-    return windows.split(count)[1] if len(windows) > count else windows
 
 
 def own_sizes(

@@ -126,6 +126,22 @@ def base_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     return next(c for c in kind.__mro__ if c.__module__.startswith("transformers.models."))
 
 
+def empty_of(kind: Any, values: dict[str, Any], model: PreTrainedModel) -> PreTrainedModel:
+    """A model on the meta device.
+
+    Args:
+        kind: its class.
+        values: of its configuration.
+        model: whose ways to compute attention and experts it gets.
+    """
+    config = kind.config_class.from_dict(values)
+    for choice in ("_attn_implementation", "_experts_implementation"):
+        setattr(config, choice, getattr(model.config, choice, None))
+    with torch.device("meta"):
+        empty: PreTrainedModel = kind(config)
+    return empty
+
+
 def filled(empty: PreTrainedModel, state: Mapping[str, Tensor], model: PreTrainedModel) -> PreTrainedModel:
     """Give an empty model its tensors, and from another one the buffers that no checkpoint holds (rotary frequencies).
 
@@ -174,20 +190,16 @@ def _plain_models(
         fields |= {"num_attention_heads": groups * per_group, "num_key_value_heads": groups}
         fields["head_dim"] = head_dim
     base = base_class(model)
-    kinds: list[tuple[Any, Any, dict[str, Any]]] = [(base, base.config_class, fields)]
+    kinds: list[tuple[Any, dict[str, Any]]] = [(base, fields)]
     if fields["model_type"] == "llama" and not fields.get("attention_bias") and not fields.get("mlp_bias"):
         # Llama's configuration refuses head counts that do not divide hidden_size; Mistral's is the same network
         mistral = getattr(transformers, base.__name__.replace("Llama", "Mistral"), None)
         if mistral is not None:
             renamed = {"model_type": "mistral", "sliding_window": None, "architectures": [mistral.__name__]}
-            kinds.append((mistral, transformers.MistralConfig, fields | renamed))
-    for kind, config_class, values in kinds:
+            kinds.append((mistral, fields | renamed))
+    for kind, values in kinds:
         try:
-            config = config_class.from_dict(values)
-            for choice in ("_attn_implementation", "_experts_implementation"):
-                setattr(config, choice, getattr(model.config, choice, None))
-            with torch.device("meta"):
-                empty = kind(config)
+            empty = empty_of(kind, values, model)
         except Exception:  # each configuration refuses in its own way; there is no plain model of it then
             continue
         yield empty
