@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_prune.linalg import approximate_products
+from kfac_prune.linalg import approximate_products, product
 from kfac_prune.models import Layer
 
 
@@ -49,7 +49,8 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         with approximate_products():
-            return torch.nn.functional.linear(x, weight, bias)
+            y: Tensor = product(x.flatten(0, -2), weight.T).unflatten(0, x.shape[:-1])
+        return y if bias is None else y.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -59,7 +60,7 @@ class _Linear(torch.autograd.Function):
         rows = gradient.flatten(0, -2)
         with approximate_products():
             return (
-                gradient @ weight if for_x else None,
-                rows.T @ x.flatten(0, -2) if for_weight else None,
+                product(rows, weight).unflatten(0, x.shape[:-1]) if for_x else None,
+                product(rows.T, x.flatten(0, -2)) if for_weight else None,
                 rows.sum(0) if for_bias else None,
             )

@@ -6,7 +6,8 @@ import pytest
 import torch
 from oracles import DTYPE_IDS, DTYPES, assert_close, dense_matrix, eye, normal, quadratic, spd
 
-from kfac_prune.linalg import approximate_products, inverse_from_cholesky, kth_largest, shifted
+from kfac_prune import linalg
+from kfac_prune.linalg import approximate_products, inverse_from_cholesky, kth_largest, product, shifted
 from kfac_prune.operators import (
     BlockDiagonal,
     Curvature,
@@ -445,3 +446,21 @@ def test_approximate_products_end_with_their_block():
     assert error <= 2**-7  # two factors of bfloat16; zero where the device has no units for it
     assert torch.equal(a @ b, exact)
     assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+def test_product_rounds_large_factors_of_float32_alone_and_only_within_the_block(monkeypatch, rounds):
+    monkeypatch.setattr(linalg, "_in_vector_units", lambda: rounds)
+    monkeypatch.setattr(linalg, "WORTH_ROUNDING", 64 * 48 * 32)
+    a, b = normal(64, 48, seed=0, dtype=torch.float32), normal(48, 32, seed=1, dtype=torch.float32)
+    exact = a @ b
+    with suppress(ZeroDivisionError), approximate_products():
+        found = product(a, b)
+        assert found.dtype == torch.float32
+        error = float((found - exact).norm() / exact.norm())
+        assert error <= 2**-7  # two factors and a result of bfloat16
+        assert not rounds or error > 2**-12
+        assert torch.equal(product(a[:63], b), a[:63] @ b)
+        assert torch.equal(product(a.double(), b.double()), a.double() @ b.double())
+        raise ZeroDivisionError
+    assert torch.equal(product(a, b), exact)

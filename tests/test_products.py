@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
-from kfac_prune import products
+from kfac_prune import linalg, products
 from kfac_prune.models import Layer
 from kfac_prune.products import approximately
 
@@ -35,8 +35,11 @@ def test_gradients_are_autograds_own_in_float64(kind, bias):
         assert_close(a, b)
 
 
+@pytest.mark.parametrize("rounds", [False, True])
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
-def test_products_in_float32_are_as_close_as_two_rounded_factors_allow(kind):
+def test_products_in_float32_are_as_close_as_rounded_factors_allow(kind, rounds, monkeypatch):
+    monkeypatch.setattr(linalg, "_in_vector_units", lambda: rounds)
+    monkeypatch.setattr(linalg, "WORTH_ROUNDING", 0)
     layer = layer_of(kind)
     x = torch.randn(7, 48, requires_grad=True)
     leaves = [x, *layer.parameters()]

@@ -25,7 +25,7 @@ from kfac_prune.costs.work import (
     Work,
 )
 from kfac_prune.errors import InputError, shown
-from kfac_prune.linalg import approximate_products, kth_largest
+from kfac_prune.linalg import approximate_products, kth_largest, product
 
 #: (size, operations per second) at a few sizes, in their order.
 Rates = Sequence[tuple[float, float]]
@@ -260,7 +260,7 @@ def _seconds(device: str, run: Callable[[], object]) -> float:
 def _product(device: str, dtype: torch.dtype, width: int) -> float:
     """FLOP/s of [ROWS, width] · [width, width]."""
     a, b = (torch.ones(rows, width, dtype=dtype, device=device) for rows in (ROWS, width))
-    return 2 * ROWS * width**2 / _seconds(device, lambda: a @ b)
+    return 2 * ROWS * width**2 / _seconds(device, lambda: product(a, b))
 
 
 def _factorisation(device: str, dtype: torch.dtype, width: int) -> float:

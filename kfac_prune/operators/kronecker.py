@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kfac_prune.linalg import inverse_from_cholesky, inverse_of_shifted
+from kfac_prune.linalg import inverse_from_cholesky, inverse_of_shifted, product
 from kfac_prune.operators.base import Curvature
 
 
@@ -50,8 +50,8 @@ class Kronecker(Curvature):
 
     def apply(self, x: Tensor) -> Tensor:
         """``G X A`` for X: [out, in]."""
-        x = x @ self.a
-        return x if self.g is None else self.g @ x
+        x = product(x, self.a)
+        return x if self.g is None else product(self.g, x)
 
     def _outer(self, out_vector: Tensor | None, in_vector: Tensor) -> Tensor:
         """Outer product [out, in] of a vector over rows (None: ones) and one over columns."""
@@ -102,15 +102,15 @@ class Kronecker(Curvature):
 
         def both(r: Tensor) -> tuple[Tensor, Tensor]:
             if left is None:
-                p = r @ right
+                p = product(r, right)
                 return p, torch.add(r, p, alpha=-shift)
             rows, columns = r.shape
             if rows <= columns:  # the cheaper side twice
-                after = r @ right
-                before, p = left @ r, left @ after
+                after = product(r, right)
+                before, p = product(left, r), product(left, after)
             else:
-                before = left @ r
-                after, p = r @ right, before @ right
+                before = product(left, r)
+                after, p = product(r, right), product(before, right)
             return p, after.add_(before).sub_(p, alpha=shift).mul_(-shift).add_(r)
 
         return both
