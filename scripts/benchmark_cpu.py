@@ -6,18 +6,21 @@ Two comparisons, on random problems with decaying spectra:
   algorithm as it is written down: one column at a time, a rank-one update of the block, a sorted threshold;
 - mask and weights under G ⊗ A, ours (preconditioned ADMM without eigendecompositions, three products an iteration, then
   conjugate gradients) against ADMM with exact X steps in the eigenbases, on the same penalties, and the same conjugate
-  gradients.
+  gradients, which stop early or late; and how long ours takes to a loss no worse than the other's best.
 
-Then how the time of every part grows with the width, as the exponent of a power law fitted to all widths.
+Then how time and memory of every part grow with the width, as the exponents of power laws fitted to all widths. Memory
+is what a part takes at its peak beyond its arguments; it is measured on Linux alone.
 
     python scripts/benchmark_cpu.py --out benchmarks/cpu.jsonl
 """
 
 import argparse
+import ctypes
 import json
 import math
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +31,15 @@ from torch import Tensor
 from kfac_prune.baselines.sparsegpt import BLOCK, DAMPING, sweep_by_leaves
 from kfac_prune.linalg import inverse_from_cholesky, inverse_upper_cholesky
 from kfac_prune.obs import THOROUGH, Pattern, Unstructured, compensate
+from kfac_prune.obs.compensate import TOLERANCE
 from kfac_prune.obs.select import RHO_START, RHO_STOP, admm
 from kfac_prune.operators import Damping, Kronecker
 from kfac_prune.report import versions
 
 SPARSITY, REPEATS = 0.5, 3
-SWEEPS, SOLVES, WIDTHS = (768, 2048), (1024,), (256, 512, 1024, 2048)
+SWEEPS, SOLVES, WIDTHS = (768, 2048), (1024,), (256, 512, 1024, 2048, 4096)
+#: Tolerances of the conjugate gradients, early and late.
+EARLY, LATE = 1e-2, TOLERANCE
 
 
 def main() -> None:
@@ -45,7 +51,8 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="*", default=WIDTHS, help="for the growth; default: %(default)s")
     arguments = parser.parse_args()
     rows = [compare_sweeps(width) for width in arguments.sweeps]
-    rows += [compare_solves(width) for width in arguments.solves]
+    for width in arguments.solves:
+        rows += compare_solves(width)
     if len(arguments.widths) > 1:
         rows += growth(arguments.widths)
     shared = {"threads": torch.get_num_threads(), "commit": commit(), "versions": versions()}
@@ -127,21 +134,29 @@ def eigenbasis_admm(weight: Tensor, curvature: Kronecker, pattern: Pattern) -> t
     return mask, x * mask / scale
 
 
-def compare_solves(width: int) -> dict[str, Any]:
+def compare_solves(width: int) -> list[dict[str, Any]]:
     """Mask and weights of a square layer under G ⊗ A."""
     weight, operator, pattern = problem(width)
     losses: dict[str, float] = {}
 
-    def ours() -> None:
+    def ours(tolerance: float) -> None:
         found = admm(weight, operator, pattern)
-        losses["ours"] = compensate(weight, operator, found.mask, found.start).loss
+        losses["ours"] = compensate(weight, operator, found.mask, found.start, tolerance=tolerance).loss
 
-    def plain() -> None:
-        losses["plain"] = compensate(weight, operator, *eigenbasis_admm(weight, operator, pattern)).loss
+    def plain(tolerance: float) -> None:
+        found = eigenbasis_admm(weight, operator, pattern)
+        losses["plain"] = compensate(weight, operator, *found, tolerance=tolerance).loss
 
-    fast, slow = seconds(ours), seconds(plain)
-    return told({"what": "select and compensate", "width": width, "seconds": fast, "plain_seconds": slow,
-                 "ratio": slow / fast, "loss": losses["ours"], "plain_loss": losses["plain"]})  # fmt: skip
+    def row(what: str, tolerances: tuple[float, float]) -> dict[str, Any]:
+        mine, theirs = tolerances
+        fast, slow = seconds(lambda: ours(mine)), seconds(lambda: plain(theirs))
+        return told({"what": what, "width": width, "tolerances": tolerances, "seconds": fast, "plain_seconds": slow,
+                     "ratio": slow / fast, "loss": losses["ours"], "plain_loss": losses["plain"]})  # fmt: skip
+
+    what = "select and compensate"
+    return [
+        row(what, (LATE, LATE)), row(what, (EARLY, EARLY)), row(f"{what} to a loss no worse", (EARLY, LATE))
+    ]  # fmt: skip
 
 
 def problem(width: int) -> tuple[Tensor, Kronecker, Unstructured]:
@@ -151,9 +166,9 @@ def problem(width: int) -> tuple[Tensor, Kronecker, Unstructured]:
     return weight, Kronecker(a, g), Unstructured(0.7)
 
 
-def growth(widths: list[int]) -> list[dict[str, Any]]:
-    """Seconds of every part at every width, and the exponent that fits them."""
-    parts: dict[str, list[float]] = {}
+def growth(widths: Sequence[int]) -> list[dict[str, Any]]:
+    """Seconds and peak memory of every part at every width, and the exponents that fit them."""
+    parts: dict[str, list[tuple[float, float | None]]] = {}
     for width in widths:
         weight, operator, pattern = problem(width)
         tokens = torch.randn(4096, width, generator=torch.Generator().manual_seed(3))
@@ -165,14 +180,38 @@ def growth(widths: list[int]) -> list[dict[str, Any]]:
             "compensate": lambda w=weight, o=operator, f=found: compensate(w, o, f.mask, f.start),
         }
         for name, run in runs.items():
-            parts.setdefault(name, []).append(seconds(run, 1))
-    logs = torch.tensor([math.log(width) for width in widths], dtype=torch.float64)
+            parts.setdefault(name, []).append((seconds(run, 1), peak_bytes(run)))
     rows = []
-    for name, times in parts.items():
-        y = torch.tensor(times, dtype=torch.float64).log()
-        exponent = float(((logs - logs.mean()) * (y - y.mean())).sum() / (logs - logs.mean()).square().sum())
-        rows.append(told({"what": f"growth: {name}", "widths": list(widths), "seconds": times, "exponent": exponent}))
+    for name, figures in parts.items():
+        times, peaks = zip(*figures, strict=True)
+        row = {"what": f"growth: {name}", "widths": list(widths), "seconds": times, "exponent": exponent(widths, times)}
+        if None not in peaks:
+            row |= {"peak_bytes": peaks, "memory_exponent": exponent(widths, peaks)}
+        rows.append(told(row))
     return rows
+
+
+def exponent(widths: Sequence[int], figures: Sequence[float]) -> float:
+    """The slope of the line through the logarithms of widths and figures."""
+    return statistics.linear_regression([math.log(w) for w in widths], [math.log(f) for f in figures]).slope
+
+
+def peak_bytes(run: Callable[[], Any]) -> float | None:
+    """Main memory that a run takes at its peak, beyond what was taken before; None where the system does not say."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed is not counted as there
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+        before = resident("VmRSS")
+        run()
+        return resident("VmHWM") - before
+    except (OSError, AttributeError):  # not Linux, or not glibc
+        return None
+
+
+def resident(field: str) -> float:
+    """A figure of this process's memory, in bytes."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * float(lines[field].split()[0])
 
 
 def told(row: dict[str, Any]) -> dict[str, Any]:
