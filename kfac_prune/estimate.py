@@ -14,7 +14,7 @@ from kfac_prune.config import BASELINES, SEQUENCE_METHODS, Recipe
 from kfac_prune.costs.dry_run import DryRun
 from kfac_prune.costs.machine import Machine, measured, named
 from kfac_prune.costs.stages import Setting, stages_of
-from kfac_prune.data import MAX_TEXT_BYTES
+from kfac_prune.data import MAX_TEXT_BYTES, Document, token_stream
 from kfac_prune.errors import InputError
 from kfac_prune.inputs import resolve_device
 from kfac_prune.inspect_model import empty_model
@@ -25,7 +25,7 @@ GIB = 2**30
 #: Share of the processor that others use, from which times are not to be trusted.
 BUSY = 0.2
 #: Characters of a text that its tokenizer is timed on.
-SAMPLE = 300_000
+SAMPLE = 1_000_000
 #: Of a GPU's memory, what is left to a run: the rest is the driver's and lost between allocations.
 USABLE = 0.92
 
@@ -234,9 +234,9 @@ def _tokenizing(recipe: Recipe) -> float | None:
             text = file.read(SAMPLE)
     except (InputError, OSError):  # a configuration alone is enough for an estimate
         return None
-    tokenizer(text[: SAMPLE // 10])  # the first call pays for what it builds
+    token_stream(tokenizer, [Document(text[: SAMPLE // 10], bos=True)])  # the first call pays for what it builds
     begin = time.thread_time()
-    tokenizer(text)
+    token_stream(tokenizer, [Document(text, bos=True)])
     return len(text.encode()) / max(time.thread_time() - begin, 1e-6)
 
 

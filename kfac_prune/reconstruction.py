@@ -44,7 +44,7 @@ STEP_TOKENS = 512
 #: One batch in so many is held out: no step is taken on it, and it decides which state is kept.
 HELD_OUT = 10
 #: Adam's learning rate at the first step; it falls to zero on a cosine. Where it makes a block worse it is divided by
-#: ``LOWER``, so many times.
+#: ``LOWER``, for this block and those that follow; so many are tried per block.
 RATE, LOWER, TRIES = 1e-3, 4.0, 3
 
 
@@ -210,6 +210,7 @@ def reconstruct(
         journal = Journal(settings.folder, "reconstruction", _fingerprint(stack, settings, masks, dense))
     dense_stream, stream = list(dense_stack.entries), list(dense_stack.entries)
     records: list[Reconstructed] = []
+    rate = RATE
     with tqdm(total=len(stack.names), desc="reconstruct", unit="block", disable=quiet) as bar:
         for index in range(len(stack.names)):
             with dense():
@@ -220,8 +221,9 @@ def reconstruct(
                     continue
                 with resident(stack.blocks[index], stack.device):
                     problem = _Problem(stack, index, part, stream, masks)
-                    record = _journaled(problem, settings, journal, f"{len(records):04} {part.name}")
+                    record = _journaled(problem, rate, settings, journal, f"{len(records):04} {part.name}")
                 records.append(record)
+                rate = record.learning_rate or rate
                 bar.set_postfix_str(f"{record.name} {record.before:.2e} -> {record.after:.2e}")
             with torch.no_grad():
                 stream = [stack.keep(stack.run(index, batch, x)) for batch, x in enumerate(stream)]
@@ -229,7 +231,9 @@ def reconstruct(
     return records
 
 
-def _journaled(problem: _Problem, settings: Reconstruction, journal: Journal | None, entry: str) -> Reconstructed:
+def _journaled(
+    problem: _Problem, rate: float, settings: Reconstruction, journal: Journal | None, entry: str
+) -> Reconstructed:
     """Solve a problem, or take over what the journal has of it; the process that leads keeps one."""
     finished = None if journal is None else journal.read(entry)
     kept = ranks.told(None if finished is None else finished[1])
@@ -238,7 +242,7 @@ def _journaled(problem: _Problem, settings: Reconstruction, journal: Journal | N
             problem.restore(finished[0])
         problem.assign([ranks.sent(p.data) for p in problem.parameters])
         return Reconstructed(**kept)
-    record = problem.solve(settings)
+    record = problem.solve(rate, settings)
     if journal is not None:
         journal.write(entry, problem.state(), asdict(record))
     return record
@@ -288,8 +292,8 @@ class _Problem:
         """Take over what ``state`` gave."""
         self.assign([state[str(i)].to(p.device) for i, p in enumerate(self.parameters)])
 
-    def solve(self, settings: Reconstruction) -> Reconstructed:
-        """Train from the present weights and leave the state with the lowest held-out objective."""
+    def solve(self, rate: float, settings: Reconstruction) -> Reconstructed:
+        """Train from the present weights at this rate or a lower one; keep the state that is best on what is held out."""
         begin = time.perf_counter()
         start = [p.data for p in self.parameters]
         before = self._objective()
@@ -298,7 +302,7 @@ class _Problem:
                 f"the residual stream after {self.part.name} is not finite on the calibration text; "
                 "try --dtype float32 or bfloat16, or --reconstruct 0"
             )
-        best, kept, chosen, rate = before, start, 0.0, RATE
+        best, kept, chosen = before, start, 0.0
         for _ in range(TRIES):
             self.assign(start)
             loss, state = self._trained(rate, before, settings)

@@ -136,6 +136,24 @@ def test_a_rate_that_diverges_changes_nothing(make_model, make_windows, monkeypa
     assert all(torch.equal(tensor, before[name]) for name, tensor in job.tensors().items())
 
 
+def test_a_rate_that_made_a_block_worse_is_not_tried_on_the_next(make_model, make_windows, monkeypatch):
+    tried, trained = [], reconstruction._Problem._trained
+
+    def observed_training(self, rate, before, settings):
+        tried.append((self.part.name, rate))
+        return trained(self, rate, before, settings)
+
+    monkeypatch.setattr(reconstruction._Problem, "_trained", observed_training)
+    monkeypatch.setattr(reconstruction, "RATE", 0.5)
+    records = Job(make_model("llama"), make_windows(count=64, length=8)).run(epochs=2)
+    names, (lower, *same) = [record.name for record in records], [record.learning_rate for record in records]
+    assert 0 < lower < reconstruction.RATE
+    assert same == [lower] * len(same)
+    down = [rate for name, rate in tried if name == names[0]]
+    assert down == [reconstruction.RATE / reconstruction.LOWER**i for i in range(len(down))]
+    assert tried[len(down) :] == [(name, lower) for name in names[1:]]
+
+
 def test_one_batch_is_too_few(make_model, make_windows):
     job = Job(make_model("llama"), make_windows(count=8, length=8))
     with pytest.raises(InputError, match="there is one batch"):
@@ -208,11 +226,11 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(make_model, make_windows, 
     job = Job(make_model("llama", dtype=dtype), windows)
     solve, calls = reconstruction._Problem.solve, []
 
-    def dies(problem, settings):
+    def dies(problem, *arguments):
         if len(calls) == 2:
             raise KeyboardInterrupt
         calls.append(problem.part.name)
-        return solve(problem, settings)
+        return solve(problem, *arguments)
 
     monkeypatch.setattr(reconstruction._Problem, "solve", dies)
     with pytest.raises(KeyboardInterrupt):
