@@ -293,7 +293,7 @@ class _Problem:
         self.assign([state[str(i)].to(p.device) for i, p in enumerate(self.parameters)])
 
     def solve(self, rate: float, settings: Reconstruction) -> Reconstructed:
-        """Train from the present weights at this rate or a lower one; keep the state that is best on what is held out."""
+        """Train from the present weights at this rate or a lower one; keep the state that is best where held out."""
         begin = time.perf_counter()
         start = [p.data for p in self.parameters]
         before = self._objective()
