@@ -55,9 +55,16 @@ def main() -> None:
         rows += compare_solves(width)
     if len(arguments.widths) > 1:
         rows += growth(arguments.widths)
-    shared = {"threads": torch.get_num_threads(), "commit": commit(), "versions": versions()}
+    shared = {"cpu": cpu(), "threads": torch.get_num_threads(), "commit": commit(), "versions": versions()}
     arguments.out.write_text("".join(json.dumps(row | shared) + "\n" for row in rows))
     print(f"written to {arguments.out}")
+
+
+def cpu() -> str:
+    """Its name and where it multiplies bfloat16, as far as torch says."""
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    units = "matrix units" if able.get("amx_bf16") else "vector units" if able.get("avx512_bf16") else "no units"
+    return f"{able.get('cpu_name', 'a CPU')}, {units} for bfloat16"
 
 
 def covariance(width: int, seed: int) -> Tensor:
@@ -69,12 +76,13 @@ def covariance(width: int, seed: int) -> Tensor:
 
 
 def seconds(run: Callable[[], Any], repeats: int = REPEATS) -> float:
-    """The least of several runs."""
+    """The least of several runs; of one thread its own time, whatever else the machine is doing."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = clock()
         run()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return min(times)
 
 

@@ -43,3 +43,9 @@ def test_tiny_run_writes_every_row(tmp_path):
     assert all(row["device"] == "cpu" for row in rows)
     assert all(row["repeatable"] and row["went_on"] for row in rows if row["what"] == "pcg_step")
     assert all(row["relative_error"] < 1e-3 for row in rows if "relative_error" in row)
+    code = "import json, sys; from performance_table import gpu_table; print(gpu_table(json.loads(sys.stdin.read())))"
+    path = os.environ | {"PYTHONPATH": str(ROOT / "scripts")}
+    command = [sys.executable, "-c", code]
+    table = subprocess.run(command, input=json.dumps(rows), env=path, capture_output=True, text=True, check=True).stdout
+    told = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
+    assert told == ["what", *(row["what"] for row in rows)]
