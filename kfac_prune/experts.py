@@ -24,8 +24,9 @@ logger = logging.getLogger("kfac_prune")
 
 #: The parameters of an experts module, [E, out, in] each.
 MATRICES = ("gate_up_proj", "down_proj")
-#: What the module beside it is called that chooses the experts; in most families its matrix is a parameter.
-ROUTERS = {"gate", "router"}
+#: What the module beside it is called that chooses the experts, in most families with a parameter for a matrix, or that
+#: weighs the expert which all tokens share.
+ROUTERS = {"gate", "router", "shared_expert_gate"}
 
 
 class ExpertLinear(nn.Linear):
@@ -100,12 +101,13 @@ def stacked(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def routers(model: nn.Module) -> list[nn.Linear]:
-    """The linear layers that choose among experts: in the router beside them, with one output for each."""
+    """The linear layers that choose among experts, with one output for each, or weigh a shared one, with one."""
     found = []
     for block in model.modules():
         counts = {module.num_experts for module in block.children() if _is_split(module) or can_be_split(module)}
         for name, module in block.named_modules() if counts else ():
-            if ROUTERS & set(name.split(".")) and isinstance(module, nn.Linear) and module.out_features in counts:
+            outputs = module.out_features if isinstance(module, nn.Linear) else 0
+            if ROUTERS & set(name.split(".")) and outputs in {1, *counts}:
                 found.append(module)
     return found
 

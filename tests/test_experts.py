@@ -136,7 +136,7 @@ def test_a_copy_runs_its_own_experts(model):
     assert not torch.equal(logits(twin), before)
 
 
-@pytest.mark.parametrize("name", ["phimoe", "hunyuan"])
+@pytest.mark.parametrize("name", ["phimoe", "hunyuan", "qwen2_moe"])
 def test_routers_that_are_linear_layers_stay_dense(name):
     model = random_model(MODELS[name])
     for _ in range(2):

@@ -63,12 +63,12 @@ MODELS = {
 COVERED = {
     "llama": 0.792, "mistral": 0.792, "qwen2": 0.785, "qwen3": 0.791, "gemma2": 0.871, "gemma3": 0.869,
     "phi3": 0.792, "opt": 0.798, "gpt2": 0.801, "gpt_neox": 0.747, "falcon": 0.838, "mixtral": 0.910,
-    "qwen2_moe": 0.885, "qwen3_moe": 0.868, "mamba": 0.752, "bert": 0.389, "vit": 0.614, 
+    "qwen2_moe": 0.883, "qwen3_moe": 0.868, "mamba": 0.752, "bert": 0.389, "vit": 0.614, 
     "modernbert": 0.891, "llama-classes": 0.875, "bert-classes": 0.803, "bert-encoder": 0.366,
 }  # fmt: skip
 EXTRA = {
     "mixtral": r"mlp\.gate\.weight",
-    "qwen2_moe": r"mlp\.gate\.weight",
+    "qwen2_moe": r"mlp\.(shared_expert_)?gate\.weight",
     "qwen3_moe": r"mlp\.gate\.weight",
     "mamba": r"mixer\.(A_log|conv1d\.weight|dt_proj\.weight)",
     "bert-encoder": r"pooler\.dense\.weight",
