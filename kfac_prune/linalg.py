@@ -16,8 +16,8 @@ from kfac_prune import backend
 
 #: Small matrices that are factorised at a time, for the sake of memory.
 AT_A_TIME = 1024
-#: Multiplications from which a product is worth rounding its factors for: 1.7 times as fast here, twice at 1024³; below
-#: 128³ slower.
+#: Multiplications from which a product is worth rounding its factors for: 1.7 times as fast on a core of Zen 4, twice at
+#: 1024³; below 128³ slower.
 WORTH_ROUNDING = 192**3
 
 
@@ -57,7 +57,7 @@ def _in_vector_units() -> bool:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``A B`` [m, n] of A [m, k] and B [k, n]; within ``approximate_products`` as that describes."""
-    if _rounding and a.dtype == torch.float32 and not a.is_cuda and a.numel() * b.shape[-1] >= WORTH_ROUNDING:
+    if _rounding and a.dtype == torch.float32 and a.is_cpu and a.numel() * b.shape[-1] >= WORTH_ROUNDING:
         return (a.bfloat16() @ b.bfloat16()).float()
     return a @ b
 

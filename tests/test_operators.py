@@ -7,6 +7,7 @@ import torch
 from oracles import DTYPE_IDS, DTYPES, assert_close, dense_matrix, eye, normal, quadratic, spd
 
 from kfac_prune import linalg
+from kfac_prune.costs.work import Product, counted
 from kfac_prune.linalg import approximate_products, inverse_from_cholesky, kth_largest, product, shifted
 from kfac_prune.operators import (
     BlockDiagonal,
@@ -462,5 +463,8 @@ def test_product_rounds_large_factors_of_float32_alone_and_only_within_the_block
         assert not rounds or error > 2**-12
         assert torch.equal(product(a[:63], b), a[:63] @ b)
         assert torch.equal(product(a.double(), b.double()), a.double() @ b.double())
+        with counted() as work:  # whatever this CPU has, on the meta device nothing is rounded
+            product(a.to("meta"), b.to("meta"))
+        assert [kind.precision for kind in work.counts if isinstance(kind, Product)] == ["approximate"]
         raise ZeroDivisionError
     assert torch.equal(product(a, b), exact)
