@@ -16,8 +16,8 @@ from kfac_prune import backend
 
 #: Small matrices that are factorised at a time, for the sake of memory.
 AT_A_TIME = 1024
-#: Multiplications from which a product is worth rounding its factors for: there 1.7 times as fast on a core of Zen 4, at
-#: 1024³ twice; below 128³ slower.
+#: Multiplications from which a product is worth rounding its factors for: 1.7 times as fast there on a core of Zen 4,
+#: twice at 1024³; below 128³ slower.
 WORTH_ROUNDING = 192**3
 
 
