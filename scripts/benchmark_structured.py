@@ -46,6 +46,7 @@ METHODS = {
 RECONSTRUCTED = {
     "magnitude": "magnitude+reconstruction",
     "layerwise": "layerwise+reconstruction",
+    "kfac": "kfac-oneshot+reconstruction",
     "kfac+refit": "kfac+reconstruction",
 }
 LABELS = {
@@ -55,6 +56,7 @@ LABELS = {
     "kfac+refit": "K-FAC + refit, shots",
     "magnitude+reconstruction": "magnitude + reconstruction",
     "layerwise+reconstruction": "layer-wise (G = I) + reconstruction",
+    "kfac-oneshot+reconstruction": "K-FAC + reconstruction",
     "kfac+reconstruction": "**K-FAC + refit, shots + reconstruction (default)**",
 }
 SPEED_MODEL = "random Llama, 8 blocks of width 1024"
