@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ def approximate_products() -> Iterator[None]:
     try:
         for backend, precision in zip(backends, ("tf32", "bf16"), strict=True):
             backend.fp32_precision = precision
-        _rounding = _in_vector_units()
+        _rounding = bfloat16_units() == "vector"
         yield
     finally:
         for backend, precision in zip(backends, before, strict=True):
@@ -49,10 +49,10 @@ _rounding = False
 
 
 @cache
-def _in_vector_units() -> bool:
-    """Whether this CPU multiplies bfloat16 in vector units and has none for matrices."""
+def bfloat16_units() -> Literal["matrix", "vector"] | None:
+    """Which units of this CPU multiply bfloat16, the faster where it has both; None: neither, or torch cannot tell."""
     able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(able.get("avx512_bf16")) and not able.get("amx_bf16")
+    return "matrix" if able.get("amx_bf16") else "vector" if able.get("avx512_bf16") else None
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from benchmark_quality import ROOT, commit
 from torch import Tensor
 
 from kfac_prune.baselines.sparsegpt import BLOCK, DAMPING, sweep_by_leaves
-from kfac_prune.linalg import inverse_from_cholesky, inverse_upper_cholesky
+from kfac_prune.linalg import bfloat16_units, inverse_from_cholesky, inverse_upper_cholesky
 from kfac_prune.obs import THOROUGH, Pattern, Unstructured, compensate
 from kfac_prune.obs.compensate import TOLERANCE
 from kfac_prune.obs.select import RHO_START, RHO_STOP, admm
@@ -62,9 +62,8 @@ def main() -> None:
 
 def cpu() -> str:
     """Its name and where it multiplies bfloat16, as far as torch says."""
-    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    units = "matrix units" if able.get("amx_bf16") else "vector units" if able.get("avx512_bf16") else "no units"
-    return f"{able.get('cpu_name', 'a CPU')}, {units} for bfloat16"
+    name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "a CPU")
+    return f"{name}, {bfloat16_units() or 'no'} units for bfloat16"
 
 
 def covariance(width: int, seed: int) -> Tensor:

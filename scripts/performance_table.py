@@ -32,9 +32,9 @@ def main() -> None:
 
 def cpu_tables(rows: Sequence[dict[str, Any]]) -> str:
     """What is compared with a plain form, then how everything grows with the width."""
-    about, threads = rows[0], rows[0]["threads"]
+    cpu, threads = rows[0]["cpu"], rows[0]["threads"]
     lines = [
-        f"CPU ({about.get('cpu', 'not named')}, {threads} thread{'s' * (threads > 1)}):",
+        f"CPU ({cpu}, {threads} thread{'s' * (threads > 1)}):",
         "",
         "| what | width | seconds | plain form | ratio | loss | of the plain form |",
         "|---|---|---|---|---|---|---|",

@@ -451,7 +451,7 @@ def test_approximate_products_end_with_their_block():
 
 @pytest.mark.parametrize("rounds", [False, True])
 def test_product_rounds_large_factors_of_float32_alone_and_only_within_the_block(monkeypatch, rounds):
-    monkeypatch.setattr(linalg, "_in_vector_units", lambda: rounds)
+    monkeypatch.setattr(linalg, "bfloat16_units", lambda: "vector" if rounds else None)
     monkeypatch.setattr(linalg, "WORTH_ROUNDING", 64 * 48 * 32)
     a, b = normal(64, 48, seed=0, dtype=torch.float32), normal(48, 32, seed=1, dtype=torch.float32)
     exact = a @ b

@@ -38,7 +38,7 @@ def test_gradients_are_autograds_own_in_float64(kind, bias):
 @pytest.mark.parametrize("rounds", [False, True])
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 def test_products_in_float32_are_as_close_as_rounded_factors_allow(kind, rounds, monkeypatch):
-    monkeypatch.setattr(linalg, "_in_vector_units", lambda: rounds)
+    monkeypatch.setattr(linalg, "bfloat16_units", lambda: "vector" if rounds else None)
     monkeypatch.setattr(linalg, "WORTH_ROUNDING", 0)
     layer = layer_of(kind)
     x = torch.randn(7, 48, requires_grad=True)
