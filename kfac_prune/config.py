@@ -124,7 +124,8 @@ class Recipe:
     shots: int | None = option(
         None,
         "with --structured: cuts on the way to the target, with the curvature estimated anew before each; default: 1, "
-        "and where more than 0.05 nats per token are lost also 3, kept unless worse by 5 %. Sparse, for kfac: "
+        "and where more than 0.05 nats per token are lost and no reconstruction follows also 3, kept unless worse by "
+        "5 %. Sparse, for kfac: "
         "the shots after the first correct masks and weights with curvature and gradient of the pruned model, each "
         "kept only where held-out calibration windows are better for it; default: 1, and 3 where more than 0.05 nats "
         "per token are predicted to be lost, no reconstruction follows and there are 16 windows or more",
@@ -146,14 +147,14 @@ class Recipe:
     refit: bool | None = option(
         None,
         "after pruning, refit layers in closed form to what the dense model has in its residual stream, masks chosen "
-        "anew; faster than --reconstruct and less good; default: with --structured on for kfac and layerwise, else "
-        "where they are not reconstructed",
+        "anew; faster than --reconstruct and less good; default: for kfac and layerwise on where they are not "
+        "reconstructed",
     )
     reconstruct: int | None = option(
         None,
         "epochs over the calibration windows in which the weights left in each block learn to bring its output back to "
         "the dense model's, one block at a time; 0 = off; default: 8 for kfac and layerwise from 16 windows on, unless "
-        "--refit (with --structured: --no-refit) says otherwise; else 0",
+        "there is --refit; else 0",
     )
     reconstruct_unit: str = option(
         "block",
@@ -341,11 +342,10 @@ class Recipe:
         if self._implied is not None and not self._partly_dense:
             sparsity, allocation = self._implied, "uniform"
         repairs, reconstruct, refit = self.method in ("kfac", "layerwise"), self.reconstruct, self.refit
-        if reconstruct is None:  # of sparse models it takes the place of the refit
-            wanted = repairs and (refit is not False if self.structured else not refit)
-            reconstruct = RECONSTRUCT if wanted and self.samples >= 16 else 0
+        if reconstruct is None:  # it takes the place of the refit
+            reconstruct = RECONSTRUCT if repairs and not refit and self.samples >= 16 else 0
         if refit is None:
-            refit = repairs and bool(self.structured or not reconstruct)
+            refit = repairs and not reconstruct
         permute = self.method == "kfac" and self._implied is not None if self.permute is None else self.permute
         damping = (STRUCTURED_DAMPING if self.structured else DAMPING) if self.damping is None else self.damping
         if self.structured:

@@ -43,9 +43,9 @@ logger = logging.getLogger("kfac_prune")
 STEP_TOKENS = 512
 #: One batch in so many is held out: no step is taken on it, and it decides which state is kept.
 HELD_OUT = 10
-#: Adam's learning rate at the first step; it falls to zero on a cosine. Where it makes a block worse it is divided by
-#: ``LOWER``, for this block and those that follow; so many are tried per block.
-RATE, LOWER, TRIES = 1e-3, 4.0, 3
+#: Adam's learning rate at the first step; it falls to zero on a cosine. The first block divides it by ``LOWER`` while
+#: that helps; the others take over what it found, and divide where that makes them worse. So many are tried per block.
+RATE, LOWER, TRIES = 4e-3, 4.0, 3
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def reconstruct(
         journal = Journal(settings.folder, "reconstruction", _fingerprint(stack, settings, masks, dense))
     dense_stream, stream = list(dense_stack.entries), list(dense_stack.entries)
     records: list[Reconstructed] = []
-    rate = RATE
+    rate = None
     with tqdm(total=len(stack.names), desc="reconstruct", unit="block", disable=quiet) as bar:
         for index in range(len(stack.names)):
             with dense():
@@ -232,7 +232,7 @@ def reconstruct(
 
 
 def _journaled(
-    problem: _Problem, rate: float, settings: Reconstruction, journal: Journal | None, entry: str
+    problem: _Problem, rate: float | None, settings: Reconstruction, journal: Journal | None, entry: str
 ) -> Reconstructed:
     """Solve a problem, or take over what the journal has of it; the process that leads keeps one."""
     finished = None if journal is None else journal.read(entry)
@@ -292,8 +292,13 @@ class _Problem:
         """Take over what ``state`` gave."""
         self.assign([state[str(i)].to(p.device) for i, p in enumerate(self.parameters)])
 
-    def solve(self, rate: float, settings: Reconstruction) -> Reconstructed:
-        """Train from the present weights at this rate or a lower one; keep the state that is best where held out."""
+    def solve(self, rate: float | None, settings: Reconstruction) -> Reconstructed:
+        """Train from the present weights; keep the state that is best where held out.
+
+        Args:
+            rate: that served the block before; lowered where it makes this one worse. None: the best is searched for.
+            settings: epochs and seed.
+        """
         begin = time.perf_counter()
         start = [p.data for p in self.parameters]
         before = self._objective()
@@ -303,13 +308,18 @@ class _Problem:
                 "try --dtype float32 or bfloat16, or --reconstruct 0"
             )
         best, kept, chosen = before, start, 0.0
+        search, rate = rate is None, rate or RATE
         for _ in range(TRIES):
             self.assign(start)
             loss, state = self._trained(rate, before, settings)
-            if loss < before:
+            if loss < best:
                 best, kept, chosen = loss, state, rate
+            elif chosen:  # a lower rate is no better
                 break
-            logger.info("reconstruct: %s: a learning rate of %.3g does not help; lowered", self.part.name, rate)
+            else:
+                logger.info("reconstruct: %s: a learning rate of %.3g does not help; lowered", self.part.name, rate)
+            if chosen and not search:
+                break
             rate /= LOWER
         self.assign(kept)
         return Reconstructed(self.part.name, before, best, chosen, time.perf_counter() - begin)

@@ -384,15 +384,17 @@ def test_only_one_target(names):
         ({"reconstruct": 0, "refit": False}, False, 0),
         ({"method": "magnitude"}, False, 0),
         ({"method": "magnitude", "reconstruct": 3}, False, 3),
-        ({"structured": "ffn"}, True, 8),
+        ({"structured": "ffn"}, False, 8),
         ({"structured": "ffn", "samples": 15}, True, 0),
-        ({"structured": "ffn", "refit": False}, False, 0),
+        ({"structured": "ffn", "refit": True}, True, 0),
+        ({"structured": "ffn", "refit": False}, False, 8),
+        ({"structured": "ffn", "refit": True, "reconstruct": 3}, True, 3),
         ({"structured": "ffn", "reconstruct": 0}, True, 0),
         ({"structured": "ffn", "method": "magnitude"}, False, 0),
     ],
     ids=str,
 )
-def test_sparse_models_are_refitted_or_reconstructed_and_smaller_ones_both(fields, refit, epochs):
+def test_models_are_refitted_or_reconstructed(fields, refit, epochs):
     made = recipe(**fields).resolved()
     assert (made.refit, made.reconstruct) == (refit, epochs)
     assert made.resolved() == made
@@ -436,7 +438,7 @@ def test_resolved_leaves_structured_targets_alone(fields, sparsity):
     made = recipe(structured="ffn,heads", **fields)
     filled = {"sparsity": sparsity, "allocation": None, "damping": 0.001, "permute": False}
     repaired = made.method in ("kfac", "layerwise")
-    filled |= {"refit": repaired, "reconstruct": 8 if repaired else 0}
+    filled |= {"refit": False, "reconstruct": 8 if repaired else 0}
     assert made.resolved() == dataclasses.replace(made, **filled)
     assert made.resolved().resolved() == made.resolved()
 

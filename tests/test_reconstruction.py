@@ -136,22 +136,26 @@ def test_a_rate_that_diverges_changes_nothing(make_model, make_windows, monkeypa
     assert all(torch.equal(tensor, before[name]) for name, tensor in job.tensors().items())
 
 
-def test_a_rate_that_made_a_block_worse_is_not_tried_on_the_next(make_model, make_windows, monkeypatch):
+@pytest.mark.parametrize("first", [0.5, 4e-3], ids=["diverges", "helps"])
+def test_the_first_block_finds_the_rate_for_all(first, make_model, make_windows, monkeypatch):
+    """It divides while that helps; the others train once at what it found."""
     tried, trained = [], reconstruction._Problem._trained
 
     def observed_training(self, rate, before, settings):
-        tried.append((self.part.name, rate))
-        return trained(self, rate, before, settings)
+        loss, state = trained(self, rate, before, settings)
+        tried.append((self.part.name, rate, loss))
+        return loss, state
 
     monkeypatch.setattr(reconstruction._Problem, "_trained", observed_training)
-    monkeypatch.setattr(reconstruction, "RATE", 0.5)
+    monkeypatch.setattr(reconstruction, "RATE", first)
     records = Job(make_model("llama"), make_windows(count=64, length=8)).run(epochs=2)
-    names, (lower, *same) = [record.name for record in records], [record.learning_rate for record in records]
-    assert 0 < lower < reconstruction.RATE
-    assert same == [lower] * len(same)
-    down = [rate for name, rate in tried if name == names[0]]
-    assert down == [reconstruction.RATE / reconstruction.LOWER**i for i in range(len(down))]
-    assert tried[len(down) :] == [(name, lower) for name in names[1:]]
+    down = [(rate, loss) for name, rate, loss in tried if name == records[0].name]
+    assert [rate for rate, _ in down] == [first / reconstruction.LOWER**i for i in range(len(down))]
+    assert len(down) >= 2
+    best, loss = min(down, key=lambda one: one[1])
+    assert (records[0].learning_rate, records[0].after) == (best, loss)
+    assert len(down) == reconstruction.TRIES or best == down[-2][0]
+    assert [(name, rate) for name, rate, _ in tried[len(down) :]] == [(r.name, best) for r in records[1:]]
 
 
 def test_one_batch_is_too_few(make_model, make_windows):

@@ -339,9 +339,10 @@ def _reconstruct(s: Setting) -> Stage:
     size = step_windows(s.windows)
     steps = -(-recipe.samples // size)
     held = max(steps // HELD_OUT, 1)
-    train = (steps - held) * recipe.reconstruct
+    again = 1 + 1 / dry.count  # the first block tries another learning rate
+    train = (steps - held) * recipe.reconstruct * again
     step = dry.step(size, recipe.seqlen)
-    look = held * (recipe.reconstruct + 1)
+    look = held * (recipe.reconstruct + 1) * again
     work = step.train * train + step.forward * (look + 3 * steps)
     rows = size * recipe.seqlen
     work.add(Product("float32", rows, dry.width, dry.width), dry.count * (2 * train + look))
