@@ -464,7 +464,7 @@ def test_structured_record_tells_what_is_gone(shrunk):
     assert record["shots"] == 1
     assert record["other_plans"] == []
     assert record["damping"] == 0.001
-    assert record["refit"] is True
+    assert record["refit"] is False  # reconstructed instead
     assert record["kl_predicted"] > 0
     assert record["kl_calibration"] > 0
     for i in range(2):
@@ -508,6 +508,14 @@ def test_structured_stages_are_told_in_order(shrunk):
     assert shrunk.lines[-1] == f"saved to {shrunk.out}"
     table = next(line for line in shrunk.lines if line.startswith("group"))
     assert [row.split()[0] for row in table.splitlines()[1:]] == list(shrunk.record["groups"])
+
+
+def test_a_smaller_model_is_refitted_where_it_is_not_reconstructed(recipe):
+    fields = {"structured": "ffn", "sparsity": 0.3, "reconstruct": 0, "overwrite": True}
+    refitted, plain = run(recipe("llama", **fields)), run(recipe("llama", **fields, refit=False))
+    assert (refitted["refit"], plain["refit"]) == (True, False)
+    assert "reconstruct" not in {**refitted["stages"], **plain["stages"]}
+    assert refitted["kl_calibration"] < plain["kl_calibration"]
 
 
 @pytest.mark.parametrize("model", ["gpt2", "opt"])
