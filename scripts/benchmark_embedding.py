@@ -137,7 +137,7 @@ class Benchmark:
         done = {(r["model"], r["method"], r["level"]) for r in rows}
         wanted = [r for r in self.arguments.repairs if (self.name, cell_name(method, r), level) not in done]
         if level == STRUCTURED:
-            wanted = [r for r in wanted if method != "wanda" and (r == "none" or method == "kfac")]
+            wanted = [] if method == "wanda" else wanted
         if wanted:
             self.seconds = {name: self.seconds[name] for name in SHARED_STAGES if name in self.seconds}
             (self.shrink if level == STRUCTURED else self.mask)(method, level, wanted)
