@@ -293,12 +293,7 @@ class _Problem:
         self.assign([state[str(i)].to(p.device) for i, p in enumerate(self.parameters)])
 
     def solve(self, rate: float | None, settings: Reconstruction) -> Reconstructed:
-        """Train from the present weights; keep the state that is best where held out.
-
-        Args:
-            rate: that served the block before; lowered where it makes this one worse. None: the best is searched for.
-            settings: epochs and seed.
-        """
+        """Train at the rate that served the block before, or find one; keep the state that is best where held out."""
         begin = time.perf_counter()
         start = [p.data for p in self.parameters]
         before = self._objective()
@@ -314,12 +309,12 @@ class _Problem:
             loss, state = self._trained(rate, before, settings)
             if loss < best:
                 best, kept, chosen = loss, state, rate
+                if not search:
+                    break
             elif chosen:  # a lower rate is no better
                 break
             else:
                 logger.info("reconstruct: %s: a learning rate of %.3g does not help; lowered", self.part.name, rate)
-            if chosen and not search:
-                break
             rate /= LOWER
         self.assign(kept)
         return Reconstructed(self.part.name, before, best, chosen, time.perf_counter() - begin)
