@@ -136,9 +136,7 @@ class Benchmark:
         rows = read_rows(self.arguments.out) if self.arguments.missing else []
         done = {(r["model"], r["method"], r["level"]) for r in rows}
         wanted = [r for r in self.arguments.repairs if (self.name, cell_name(method, r), level) not in done]
-        if level == STRUCTURED:
-            wanted = [] if method == "wanda" else wanted
-        if wanted:
+        if wanted and not (level == STRUCTURED and method == "wanda"):  # it has no saliency of units
             self.seconds = {name: self.seconds[name] for name in SHARED_STAGES if name in self.seconds}
             (self.shrink if level == STRUCTURED else self.mask)(method, level, wanted)
 

@@ -154,6 +154,7 @@ def test_the_first_block_finds_the_rate_for_all(first, make_model, make_windows,
     assert len(down) >= 2
     best, loss = min(down, key=lambda one: one[1])
     assert (records[0].learning_rate, records[0].after) == (best, loss)
+    assert 0 < best < 0.5
     assert len(down) == reconstruction.TRIES or best == down[-2][0]
     assert [(name, rate) for name, rate, _ in tried[len(down) :]] == [(r.name, best) for r in records[1:]]
 
