@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kfac_prune.block_training import Reconstruction
     from kfac_prune.config import Recipe
     from kfac_prune.curvature.estimate import estimate_factors
     from kfac_prune.curvature.factors import Factors
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from kfac_prune.plan import Plan, make_plan, prune
     from kfac_prune.probe import Probe
     from kfac_prune.quality import Quality, evaluate
-    from kfac_prune.reconstruction import Reconstruction, reconstruct_sparse
+    from kfac_prune.reconstruction import reconstruct_sparse
     from kfac_prune.refitting import refit
     from kfac_prune.structure.prune import prune_structured, weights_target
     from kfac_prune.structure.repair import reconstruct_smaller
@@ -45,7 +46,7 @@ _HOME = {
     "Probe": "probe",
     "Quality": "quality",
     "Recipe": "config",
-    "Reconstruction": "reconstruction",
+    "Reconstruction": "block_training",
     "Windows": "data",
     "estimate_factors": "curvature.estimate",
     "evaluate": "quality",

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kfac_prune.allocate import LossCurve
+from kfac_prune.block_training import Reconstruction
 from kfac_prune.curvature.estimate import estimate_factors
 from kfac_prune.curvature.factors import Factors
 from kfac_prune.curvature.sequences import STATISTICS, SequenceFisher
@@ -29,7 +30,7 @@ from kfac_prune.plan import Plan, make_plan, prune
 from kfac_prune.probe import Probe
 from kfac_prune.problems import PruningMethod
 from kfac_prune.quality import Quality, evaluate
-from kfac_prune.reconstruction import Reconstruction, reconstruct_sparse
+from kfac_prune.reconstruction import reconstruct_sparse
 from kfac_prune.refitting import refit
 from kfac_prune.stream import BlockStack, begun_at
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kfac_prune.bench import Bench, PrunedCopy
+from kfac_prune.block_training import Reconstruction
 from kfac_prune.compare_report import Row, label_of, own_seconds, picture, table
 from kfac_prune.config import SEQUENCE_METHODS, parse_pattern
 from kfac_prune.curvature.sequences import check_memory
@@ -27,7 +28,6 @@ from kfac_prune.objective import CAUSAL, find_objective
 from kfac_prune.obs import NM
 from kfac_prune.operators import Damping
 from kfac_prune.protocol import Comparison, Trial
-from kfac_prune.reconstruction import Reconstruction
 from kfac_prune.report import versions
 from kfac_prune.store import Ledger, check_output, content_hash, earlier_result
 

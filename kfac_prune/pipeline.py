@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kfac_prune import ranks, resume
+from kfac_prune.block_training import Reconstructed, Reconstruction
 from kfac_prune.config import BASELINES, SEQUENCE_METHODS, Recipe, parse_pattern
 from kfac_prune.curvature.estimate import estimate_factors, participants
 from kfac_prune.curvature.factors import Factors
@@ -30,7 +31,7 @@ from kfac_prune.permute import Permuted, permute_model
 from kfac_prune.plan import experts_told, make_plan, prune
 from kfac_prune.probe import Probe
 from kfac_prune.quality import evaluate
-from kfac_prune.reconstruction import Reconstructed, Reconstruction, reconstruct_sparse, table
+from kfac_prune.reconstruction import reconstruct_sparse, table
 from kfac_prune.recovery import recover
 from kfac_prune.refitting import Refitted, refit
 from kfac_prune.report import (

@@ -22,11 +22,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kfac_prune import ranks
+from kfac_prune.block_training import HELD_OUT
 from kfac_prune.data import WindowBatch, Windows
 from kfac_prune.errors import InputError
 from kfac_prune.models import Layer, only_trained
 from kfac_prune.objective import CAUSAL, Objective
-from kfac_prune.reconstruction import HELD_OUT, step_windows
+from kfac_prune.reconstruction import step_windows
 
 logger = logging.getLogger("kfac_prune")
 

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kfac_prune import ranks
+from kfac_prune.block_training import Reconstructed
 from kfac_prune.config import Recipe
 from kfac_prune.data import Windows
 from kfac_prune.memory import peak_memory_bytes
@@ -23,7 +24,6 @@ from kfac_prune.objective import Objective
 from kfac_prune.permute import Permuted
 from kfac_prune.plan import Plan
 from kfac_prune.quality import Quality
-from kfac_prune.reconstruction import Reconstructed
 from kfac_prune.recovery import Recovered
 from kfac_prune.refitting import Refitted
 from kfac_prune.shots import Correction

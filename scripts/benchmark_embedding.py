@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from kfac_prune.allocate import LossCurve
 from kfac_prune.bench import SHARED_STAGES, timed
+from kfac_prune.block_training import Reconstruction
 from kfac_prune.config import RECONSTRUCT, parse_pattern
 from kfac_prune.curvature.estimate import estimate_factors, participants
 from kfac_prune.curvature.factors import Factors
@@ -37,7 +38,7 @@ from kfac_prune.obs import NM
 from kfac_prune.permute import permute_model
 from kfac_prune.plan import make_plan, prune
 from kfac_prune.probe import Probe
-from kfac_prune.reconstruction import Reconstruction, reconstruct_sparse
+from kfac_prune.reconstruction import reconstruct_sparse
 from kfac_prune.structure.prune import Settings, prune_structured, weights_target
 from kfac_prune.structure.repair import reconstruct_smaller
 

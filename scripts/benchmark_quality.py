@@ -21,11 +21,11 @@ import torch
 from transformers.utils import logging
 
 from kfac_prune.bench import Bench, PrunedCopy
+from kfac_prune.block_training import Reconstruction
 from kfac_prune.config import RECONSTRUCT, parse_pattern
 from kfac_prune.data import Windows, consecutive_windows, read_documents, sample_windows, token_stream
 from kfac_prune.models import context_length, load_model, load_tokenizer
 from kfac_prune.obs import NM
-from kfac_prune.reconstruction import Reconstruction
 from kfac_prune.report import peak_memory_bytes, versions
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,6 +11,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from kfac_prune import compare as comparing
 from kfac_prune.bench import Bench
+from kfac_prune.block_training import Reconstruction
 from kfac_prune.cli import main
 from kfac_prune.compare import compare
 from kfac_prune.compare_report import table
@@ -25,7 +26,7 @@ from kfac_prune.plan import make_plan, prune
 from kfac_prune.probe import Probe
 from kfac_prune.protocol import Comparison, Level
 from kfac_prune.quality import evaluate
-from kfac_prune.reconstruction import Reconstruction, reconstruct_sparse
+from kfac_prune.reconstruction import reconstruct_sparse
 
 SMALL = {"samples": 20, "eval_samples": 10, "seqlen": 16}
 OPTIONS = ["--data", "text.txt", "--samples", "20", "--eval-samples", "10", "--seqlen", "16", "--out", "out"]

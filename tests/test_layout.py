@@ -33,6 +33,7 @@ LAYERS = (
     ("plan",),
     ("refitting", "shots"),
     ("sublayers",),
+    ("block_training",),
     ("reconstruction",),
     ("structure", "recovery"),
     ("permute",),

@@ -31,7 +31,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import kfac_prune
-from kfac_prune import inputs, pipeline, reconstruction
+from kfac_prune import block_training, inputs, pipeline
 from kfac_prune.config import BASELINES, METHODS, SEQUENCE_METHODS, Recipe
 from kfac_prune.errors import InputError
 from kfac_prune.inputs import load_data
@@ -578,7 +578,7 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(fields, recipe, tmp_path, mon
     whole = recipe("opt", reconstruct=2, **fields)
     run(whole)
     made = dataclasses.replace(whole, out=str(tmp_path / "other"), resume=True)
-    solve, calls = reconstruction._Problem.solve, []
+    solve, calls = block_training.BlockTraining.solve, []
 
     def dies(*arguments):
         if calls:
@@ -587,14 +587,14 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(fields, recipe, tmp_path, mon
         return solve(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(reconstruction._Problem, "solve", dies)
+        patch.setattr(block_training.BlockTraining, "solve", dies)
         with pytest.raises(KeyboardInterrupt):
             run(made)
         assert not Path(made.out).exists()
         left = [file.name for file in (tmp_path / "other.work").iterdir()]
         assert sum(name.startswith("reconstruction-") for name in left) == 1
         assert ("plan-all-layers.safetensors" in left) == ("structured" not in fields)
-        patch.setattr(reconstruction._Problem, "solve", lambda *a: calls.append(a[0].part.name) or solve(*a))
+        patch.setattr(block_training.BlockTraining, "solve", lambda *a: calls.append(a[0].part.name) or solve(*a))
         run(made)
     assert bytes_of(whole.out) == bytes_of(made.out)
     assert len(set(calls)) == len(calls) == 2

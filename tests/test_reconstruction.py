@@ -3,7 +3,8 @@ import torch
 from conftest import build, random_windows
 from transformers import AutoModelForCausalLM, Gemma2Config
 
-from kfac_prune import reconstruction
+from kfac_prune import block_training
+from kfac_prune.block_training import Reconstruction
 from kfac_prune.curvature.estimate import estimate_factors
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
@@ -12,7 +13,7 @@ from kfac_prune.obs import NM
 from kfac_prune.operators import Damping
 from kfac_prune.plan import make_plan, prune
 from kfac_prune.quality import evaluate
-from kfac_prune.reconstruction import Reconstruction, metrics, reconstruct
+from kfac_prune.reconstruction import metrics, reconstruct
 from kfac_prune.stream import BlockStack, find_writers, observed
 from kfac_prune.structure.prune import Settings, prune_structured, weights_target
 from kfac_prune.structure.repair import reconstruct_smaller
@@ -128,7 +129,7 @@ def test_a_linear_sub_block_reaches_least_squares(make_model, make_windows):
 
 
 def test_a_rate_that_diverges_changes_nothing(make_model, make_windows, monkeypatch):
-    monkeypatch.setattr(reconstruction, "RATE", 1e6)
+    monkeypatch.setattr(block_training, "RATE", 1e6)
     job = Job(make_model("llama"), make_windows(count=24, length=8))
     before = job.tensors()
     records = job.run(epochs=1)
@@ -139,23 +140,23 @@ def test_a_rate_that_diverges_changes_nothing(make_model, make_windows, monkeypa
 @pytest.mark.parametrize("first", [0.5, 4e-3], ids=["diverges", "helps"])
 def test_the_first_block_finds_the_rate_for_all(first, make_model, make_windows, monkeypatch):
     """It divides while that helps; the others train once at what it found."""
-    tried, trained = [], reconstruction._Problem._trained
+    tried, trained = [], block_training.BlockTraining._trained
 
     def observed_training(self, rate, before, settings):
         loss, state = trained(self, rate, before, settings)
         tried.append((self.part.name, rate, loss))
         return loss, state
 
-    monkeypatch.setattr(reconstruction._Problem, "_trained", observed_training)
-    monkeypatch.setattr(reconstruction, "RATE", first)
+    monkeypatch.setattr(block_training.BlockTraining, "_trained", observed_training)
+    monkeypatch.setattr(block_training, "RATE", first)
     records = Job(make_model("llama"), make_windows(count=64, length=8)).run(epochs=2)
     down = [(rate, loss) for name, rate, loss in tried if name == records[0].name]
-    assert [rate for rate, _ in down] == [first / reconstruction.LOWER**i for i in range(len(down))]
+    assert [rate for rate, _ in down] == [first / block_training.LOWER**i for i in range(len(down))]
     assert len(down) >= 2
     best, loss = min(down, key=lambda one: one[1])
     assert (records[0].learning_rate, records[0].after) == (best, loss)
     assert 0 < best < 0.5
-    assert len(down) == reconstruction.TRIES or best == down[-2][0]
+    assert len(down) == block_training.TRIES or best == down[-2][0]
     assert [(name, rate) for name, rate, _ in tried[len(down) :]] == [(r.name, best) for r in records[1:]]
 
 
@@ -229,7 +230,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(make_model, make_windows, 
     whole = Job(make_model("llama", dtype=dtype), windows)
     whole.run(unit="sublayer")
     job = Job(make_model("llama", dtype=dtype), windows)
-    solve, calls = reconstruction._Problem.solve, []
+    solve, calls = block_training.BlockTraining.solve, []
 
     def dies(problem, *arguments):
         if len(calls) == 2:
@@ -237,13 +238,13 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(make_model, make_windows, 
         calls.append(problem.part.name)
         return solve(problem, *arguments)
 
-    monkeypatch.setattr(reconstruction._Problem, "solve", dies)
+    monkeypatch.setattr(block_training.BlockTraining, "solve", dies)
     with pytest.raises(KeyboardInterrupt):
         job.run(unit="sublayer", folder=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
     again = Job(make_model("llama", dtype=dtype), windows)
     solved = []
-    monkeypatch.setattr(reconstruction._Problem, "solve", lambda *a: solved.append(a[0].part.name) or solve(*a))
+    monkeypatch.setattr(block_training.BlockTraining, "solve", lambda *a: solved.append(a[0].part.name) or solve(*a))
     records = again.run(unit="sublayer", folder=tmp_path)
     assert [record.name for record in records] == calls + solved
     assert all(torch.equal(tensor, again.tensors()[name]) for name, tensor in whole.tensors().items())

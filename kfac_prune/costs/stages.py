@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kfac_prune.block_training import HELD_OUT
 from kfac_prune.config import Recipe
 from kfac_prune.costs.dry_run import DryRun, Matrix, Passes
 from kfac_prune.costs.solver import QUICK, SLOW, SLOW_NM, curve_work, solve_work, workspace_bytes
@@ -16,7 +17,7 @@ from kfac_prune.curvature.estimate import draws_per_window, layer_groups
 from kfac_prune.curvature.factors import CURVATURE_BYTES
 from kfac_prune.data import Windows
 from kfac_prune.probe import KEPT_BYTES, PROBE_PASSES, PROBE_TOKENS
-from kfac_prune.reconstruction import HELD_OUT, step_windows
+from kfac_prune.reconstruction import step_windows
 
 #: Operations that loading and saving a model take besides reading and writing: files, modules, tokenizer.
 LOAD_CALLS, SAVE_CALLS = 5e4, 1e4

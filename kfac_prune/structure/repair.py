@@ -9,12 +9,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kfac_prune import ranks
+from kfac_prune.block_training import Reconstructed, Reconstruction
 from kfac_prune.curvature.factors import Factors
 from kfac_prune.data import Windows
 from kfac_prune.linalg import shifted
 from kfac_prune.models import Layer
 from kfac_prune.operators import Damping
-from kfac_prune.reconstruction import Reconstructed, Reconstruction, metrics, own_steps, reconstruct
+from kfac_prune.reconstruction import metrics, own_steps, reconstruct
 from kfac_prune.refitting import RIDGE, Moments, refit_moments
 from kfac_prune.stream import BlockStack, Shelf
 

@@ -1,0 +1,201 @@
+"""One block or sub-layer of a pruned model that learns to bring the residual stream back (see ``reconstruction``)."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kfac_prune import ranks
+from kfac_prune.errors import InputError
+from kfac_prune.memory import arriving
+from kfac_prune.models import only_trained
+from kfac_prune.products import approximately
+from kfac_prune.stream import BlockStack, observed
+from kfac_prune.sublayers import Part, Unit
+
+logger = logging.getLogger("kfac_prune")
+
+#: One batch in so many is held out: no step is taken on it, and it decides which state is kept.
+HELD_OUT = 10
+#: Adam's learning rate at the first step; it falls to zero on a cosine. The first block divides it by ``LOWER`` while
+#: that helps; the others take over what it found, and divide where that makes them worse. So many are tried per block.
+RATE, LOWER, TRIES = 4e-3, 4.0, 3
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How to reconstruct.
+
+    Attributes:
+        epochs: passes over the calibration windows per block or sub-layer.
+        unit: "block" trains attention and FFN together, "sublayer" one after the other.
+        seed: of the order of the batches.
+        folder: where every finished block is left, from which a run that was interrupted goes on; None: nowhere.
+    """
+
+    epochs: int
+    unit: Unit = "block"
+    seed: int = 0
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """What happened to one block or sub-layer.
+
+    Attributes:
+        name: of the block, or of the layer that ends the sub-layer.
+        before: held-out ½ E[δᵀ G δ] at the start, nats per token.
+        after: with the weights that were kept; never more.
+        learning_rate: that the kept weights were found with; 0 where the start was best.
+        seconds: spent.
+    """
+
+    name: str
+    before: float
+    after: float
+    learning_rate: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The stream that enters a block or sub-layer and the dense one after it, [B, T, d] each."""
+
+    number: int
+    stream: Tensor
+    goal: Tensor
+
+
+class BlockTraining:
+    """The training of one block or sub-layer.
+
+    Weights that are pruned have no gradient, so Adam leaves them at zero. Steps are taken on float32 copies; the
+    forward pass uses them as the model's dtype rounds them, so what is measured is what is kept.
+    """
+
+    def __init__(
+        self, stack: BlockStack, index: int, part: Part, stream: Sequence[Tensor], masks: Mapping[str, Tensor]
+    ) -> None:
+        self.part, self._stack, self._index, self._stream = part, stack, index, stream
+        first = len(stream) - max(len(stream) // HELD_OUT, 1)
+        self._train, self._held = range(first), range(first, len(stream))
+        self.parameters: list[nn.Parameter] = []
+        self._masks: list[Tensor | None] = []
+        for layer in part.trained:
+            for parameter in layer.parameters():
+                mask = masks.get(layer.name) if parameter.ndim > 1 else None
+                self.parameters.append(parameter)
+                self._masks.append(None if mask is None else layer.stored(mask).to(parameter.device))
+        self._metric = part.metric.to(self.parameters[0].device)
+
+    def assign(self, values: Sequence[Tensor]) -> None:
+        """Replace the trained parameters; the tensors that they had are not written to."""
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.data = value
+
+    def state(self) -> dict[str, Tensor]:
+        """The trained parameters by their number."""
+        return {str(i): p.data for i, p in enumerate(self.parameters)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what ``state`` gave."""
+        self.assign([state[str(i)].to(p.device) for i, p in enumerate(self.parameters)])
+
+    def solve(self, rate: float | None, settings: Reconstruction) -> Reconstructed:
+        """Train at the rate that served the block before, or find one; keep the state that is best where held out."""
+        begin = time.perf_counter()
+        start = [p.data for p in self.parameters]
+        before = self._objective()
+        if not math.isfinite(before):
+            raise InputError(
+                f"the residual stream after {self.part.name} is not finite on the calibration text; "
+                "try --dtype float32 or bfloat16, or --reconstruct 0"
+            )
+        best, kept, chosen = before, start, 0.0
+        search, rate = rate is None, rate or RATE
+        for _ in range(TRIES):
+            self.assign(start)
+            loss, state = self._trained(rate, before, settings)
+            if loss < best:
+                best, kept, chosen = loss, state, rate
+                if not search:
+                    break
+            elif chosen:  # a lower rate is no better
+                break
+            else:
+                logger.info("reconstruct: %s: a learning rate of %.3g does not help; lowered", self.part.name, rate)
+            rate /= LOWER
+        self.assign(kept)
+        return Reconstructed(self.part.name, before, best, chosen, time.perf_counter() - begin)
+
+    def _trained(self, rate: float, before: float, settings: Reconstruction) -> tuple[float, list[Tensor]]:
+        """The lowest held-out objective of one training, and the weights that gave it; given up where it diverges."""
+        masters = [p.data.float().clone(memory_format=torch.contiguous_format) for p in self.parameters]
+        optimizer = torch.optim.Adam(masters, lr=rate, betas=(0.9, 0.95), fused=True)
+        generator = torch.Generator().manual_seed(settings.seed)
+        steps = settings.epochs * len(self._train)
+        step, best, kept = 0, math.inf, [p.data for p in self.parameters]
+        with only_trained(self._stack.blocks[self._index], self.parameters):
+            for _ in range(settings.epochs):
+                for batch in self._arriving(torch.randperm(len(self._train), generator=generator).tolist()):
+                    optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+                    step += 1
+                    self._gradient(batch, masters)
+                    optimizer.step()
+                    self.assign([m.to(p.dtype, copy=True) for m, p in zip(masters, self.parameters, strict=True)])
+                now = self._objective()
+                if now < best:
+                    best, kept = now, [p.data for p in self.parameters]
+                if not now < 2 * before:  # diverges
+                    break
+        return best, kept
+
+    def _gradient(self, batch: _Batch, masters: Sequence[Tensor]) -> None:
+        """Leave the gradient of one step's objective, zero off the masks, with the float32 copies."""
+        with approximately(self.part.trained):
+            total, tokens = self._loss(batch)
+            # an expert that no token of the batch reaches has no gradient
+            gradients = torch.autograd.grad(total, self.parameters, allow_unused=True, materialize_grads=True)
+        (everywhere,) = ranks.summed(total.new_tensor(tokens))
+        for master, gradient, mask in zip(masters, ranks.summed(*gradients), self._masks, strict=True):
+            gradient = gradient.float() / everywhere
+            gradient = gradient if mask is None else gradient * mask
+            master.grad = gradient.contiguous()  # fused Adam takes both for laid out alike
+
+    def _objective(self) -> float:
+        """Held-out objective, nats per token."""
+        with torch.no_grad():
+            sums = [(float(total), tokens) for total, tokens in map(self._loss, self._arriving(self._held))]
+        both = torch.tensor(sums, dtype=torch.float64, device=self._metric.device).sum(0)
+        total, tokens = ranks.summed(both)[0].tolist()
+        return float(total / tokens)
+
+    def _arriving(self, numbers: Sequence[int]) -> Iterator[_Batch]:
+        """Batches by their numbers, the next one on its way while one is worked on."""
+        pairs = ((self._stream[number], self.part.goals[number]) for number in numbers)
+        for number, (stream, goal) in zip(numbers, arriving(pairs, self._metric.device), strict=True):
+            yield _Batch(number, stream, goal)
+
+    def _loss(self, batch: _Batch) -> tuple[Tensor, int]:
+        """Σ ½ δᵀ G δ over a batch's tokens, and their number."""
+        stack, writers, stream = self._stack, self.part.writers, batch.stream
+        if writers is None:
+            stream = stack.run(self._index, batch.number, stream)
+        else:
+            with observed([w.layer for w in writers], detach=False) as seen:
+                stack.run(self._index, batch.number, stream, until=writers[-1].layer)
+            for writer in writers:
+                stream = stream + writer.factor * seen[writer.layer.name][1].reshape(stream.shape)
+        delta = (stream - batch.goal).float().flatten(0, 1)  # [B T, d]
+        mask = stack.masks[batch.number]
+        if mask is not None:
+            delta = delta[mask.reshape(-1)]
+        return 0.5 * ((delta @ self._metric.float()) * delta).sum(), len(delta)
