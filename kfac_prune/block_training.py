@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from kfac_prune import ranks
 from kfac_prune.errors import InputError
 from kfac_prune.memory import arriving
 from kfac_prune.models import only_trained
+from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.products import approximately
 from kfac_prune.stream import BlockStack, observed
 from kfac_prune.sublayers import Part, Unit
@@ -24,9 +27,10 @@ logger = logging.getLogger("kfac_prune")
 
 #: One batch in so many is held out: no step is taken on it, and it decides which state is kept.
 HELD_OUT = 10
-#: Adam's learning rate at the first step; it falls to zero on a cosine. The first block divides it by ``LOWER`` while
-#: that helps; the others take over what it found, and divide where that makes them worse. So many are tried per block.
-RATE, LOWER, TRIES = 4e-3, 4.0, 3
+#: Adam's learning rate at the first step, per root mean square of a layer's kept weights; it falls to zero on a cosine.
+#: The first block divides it by ``LOWER`` while that helps; the others take over what it found, and divide where that
+#: makes them worse. So many are tried per block.
+RATE, LOWER, TRIES = 0.02, 4.0, 3
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Reconstruction:
         epochs: passes over the calibration windows per block or sub-layer.
         unit: "block" trains attention and FFN together, "sublayer" one after the other.
         seed: of the order of the batches.
+        objective: what the model computes, which the last block is trained on.
         folder: where every finished block is left, from which a run that was interrupted goes on; None: nowhere.
     """
 
@@ -44,6 +49,7 @@ class Reconstruction:
     unit: Unit = "block"
     seed: int = 0
     folder: Path | None = None
+    objective: Objective = CAUSAL
 
 
 @dataclass(frozen=True)
@@ -52,9 +58,11 @@ class Reconstructed:
 
     Attributes:
         name: of the block, or of the layer that ends the sub-layer.
-        before: held-out ½ E[δᵀ G δ] at the start, nats per token.
+        before: held-out ½ E[δᵀ G δ] at the start, nats per token; of the last block KL(dense‖model), nats per unit of
+            the objective.
         after: with the weights that were kept; never more.
-        learning_rate: that the kept weights were found with; 0 where the start was best.
+        learning_rate: that the kept weights were found with, per root mean square of a layer's kept weights; 0 where
+            the start was best.
         seconds: spent.
     """
 
@@ -74,23 +82,62 @@ class _Batch:
     goal: Tensor
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """The dense model beyond its last block.
+
+    Attributes:
+        stack: of the dense model.
+        dense: a context in which it is dense.
+        objective: what it computes.
+    """
+
+    stack: BlockStack
+    dense: Callable[[], AbstractContextManager[None]]
+    objective: Objective
+
+    def divergence(self, batch: _Batch, stack: BlockStack) -> tuple[Tensor, int]:
+        """Σ KL(dense‖pruned) over a batch's units, and their number.
+
+        Args:
+            batch: the stream that enters the last block, and the dense one after it.
+            stack: of the pruned model.
+        """
+        last = len(stack.blocks) - 1
+        with torch.no_grad(), self.dense():
+            p = self.stack.compared(self.objective, last + 1, batch.number, batch.goal)
+        q = stack.compared(self.objective, last, batch.number, batch.stream)
+        return self.objective.divergence(p, q).sum(), len(p)
+
+
 class BlockTraining:
     """The training of one block or sub-layer.
 
-    Weights that are pruned have no gradient, so Adam leaves them at zero. Steps are taken on float32 copies; the
-    forward pass uses them as the model's dtype rounds them, so what is measured is what is kept.
+    Its objective is ``½ E[δᵀ G δ]`` or, with a teacher, the KL of the model's outputs. Weights that are pruned have no
+    gradient, so Adam leaves them at zero. Steps are taken on float32 copies; the forward pass uses them as the model's
+    dtype rounds them, so what is measured is what is kept.
     """
 
     def __init__(
-        self, stack: BlockStack, index: int, part: Part, stream: Sequence[Tensor], masks: Mapping[str, Tensor]
+        self,
+        stack: BlockStack,
+        index: int,
+        part: Part,
+        stream: Sequence[Tensor],
+        masks: Mapping[str, Tensor],
+        teacher: Teacher | None = None,
     ) -> None:
-        self.part, self._stack, self._index, self._stream = part, stack, index, stream
+        self.part, self._stack, self._index, self._stream, self._teacher = part, stack, index, stream, teacher
         first = len(stream) - max(len(stream) // HELD_OUT, 1)
         self._train, self._held = range(first), range(first, len(stream))
         self.parameters: list[nn.Parameter] = []
         self._masks: list[Tensor | None] = []
+        self._scales: list[float] = []
         for layer in part.trained:
+            weight = layer.weight
+            scale = float(weight.float().norm() / weight.count_nonzero().clamp_min(1).sqrt())
             for parameter in layer.parameters():
+                self._scales.append(scale)
                 mask = masks.get(layer.name) if parameter.ndim > 1 else None
                 self.parameters.append(parameter)
                 self._masks.append(None if mask is None else layer.stored(mask).to(parameter.device))
@@ -139,17 +186,18 @@ class BlockTraining:
     def _trained(self, rate: float, before: float, settings: Reconstruction) -> tuple[float, list[Tensor]]:
         """The lowest held-out objective of one training, and the weights that gave it; given up where it diverges."""
         masters = [p.data.float().clone(memory_format=torch.contiguous_format) for p in self.parameters]
-        optimizer = torch.optim.Adam(masters, lr=rate, betas=(0.9, 0.95), fused=True)
-        generator = torch.Generator().manual_seed(settings.seed)
+        groups = [{"params": [m], "lr": rate * scale} for m, scale in zip(masters, self._scales, strict=True)]
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
         steps = settings.epochs * len(self._train)
-        step, best, kept = 0, math.inf, [p.data for p in self.parameters]
-        with only_trained(self._stack.blocks[self._index], self.parameters):
+        schedule = LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
+        generator = torch.Generator().manual_seed(settings.seed)
+        best, kept = math.inf, [p.data for p in self.parameters]
+        with only_trained(self._stack.model, self.parameters):
             for _ in range(settings.epochs):
                 for batch in self._arriving(torch.randperm(len(self._train), generator=generator).tolist()):
-                    optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-                    step += 1
                     self._gradient(batch, masters)
                     optimizer.step()
+                    schedule.step()
                     self.assign([m.to(p.dtype, copy=True) for m, p in zip(masters, self.parameters, strict=True)])
                 now = self._objective()
                 if now < best:
@@ -166,17 +214,17 @@ class BlockTraining:
             gradients = torch.autograd.grad(total, self.parameters, allow_unused=True, materialize_grads=True)
         (everywhere,) = ranks.summed(total.new_tensor(tokens))
         for master, gradient, mask in zip(masters, ranks.summed(*gradients), self._masks, strict=True):
-            gradient = gradient.float() / everywhere
+            gradient = gradient.float() / everywhere.clamp_min(1)
             gradient = gradient if mask is None else gradient * mask
             master.grad = gradient.contiguous()  # fused Adam takes both for laid out alike
 
     def _objective(self) -> float:
-        """Held-out objective, nats per token."""
+        """Held-out objective, nats per token, or per unit with a teacher."""
         with torch.no_grad():
             sums = [(float(total), tokens) for total, tokens in map(self._loss, self._arriving(self._held))]
         both = torch.tensor(sums, dtype=torch.float64, device=self._metric.device).sum(0)
         total, tokens = ranks.summed(both)[0].tolist()
-        return float(total / tokens)
+        return float(total / tokens) if tokens else math.nan
 
     def _arriving(self, numbers: Sequence[int]) -> Iterator[_Batch]:
         """Batches by their numbers, the next one on its way while one is worked on."""
@@ -185,7 +233,9 @@ class BlockTraining:
             yield _Batch(number, stream, goal)
 
     def _loss(self, batch: _Batch) -> tuple[Tensor, int]:
-        """Σ ½ δᵀ G δ over a batch's tokens, and their number."""
+        """Σ ½ δᵀ G δ over a batch's tokens, and their number; with a teacher Σ KL over its units."""
+        if self._teacher is not None:
+            return self._teacher.divergence(batch, self._stack)
         stack, writers, stream = self._stack, self.part.writers, batch.stream
         if writers is None:
             stream = stack.run(self._index, batch.number, stream)

@@ -260,7 +260,7 @@ def _mask(job: Job) -> Outcome:
                 factors,
                 job.calibration,
                 dense.swapped_in,
-                _reconstruction(recipe),
+                _reconstruction(job),
                 damping=damping,
                 shelf=shelf,
                 quiet=job.quiet,
@@ -330,7 +330,7 @@ def _shrink(job: Job) -> Outcome:
                 job.layers,
                 factors,
                 job.calibration,
-                _reconstruction(recipe),
+                _reconstruction(job),
                 shelf=shelf,
                 quiet=job.quiet,
             )
@@ -350,10 +350,11 @@ def _shrink(job: Job) -> Outcome:
     return Outcome(best.model, dense, pruned, record | recovery)
 
 
-def _reconstruction(recipe: Recipe) -> Reconstruction:
+def _reconstruction(job: Job) -> Reconstruction:
+    recipe = job.recipe
     unit: Any = recipe.reconstruct_unit  # the recipe has checked it
     assert recipe.reconstruct is not None
-    return Reconstruction(recipe.reconstruct, unit, recipe.seed, work_folder(recipe.out))
+    return Reconstruction(recipe.reconstruct, unit, recipe.seed, work_folder(recipe.out), job.objective)
 
 
 def _recover(

@@ -3,7 +3,8 @@
 The dense and the pruned streams pass through the blocks in order. Each block in turn (or each sub-layer: up to and
 including a layer that writes into the stream) minimises ``½ E[δᵀ G δ]`` over its kept weights by Adam, δ being the
 difference of the streams after it and G the covariance of the gradients there, so that the objective is a KL in nats
-per token to second order (DESIGN §7). One of them at a time has gradients and optimizer state. Reconstruction with
+per token to second order (DESIGN §7). After the last block only norm and head follow, so it minimises the KL itself,
+which is not quadratic where much is lost. One of them at a time has gradients and optimizer state. Reconstruction with
 G = I is known (Wanda++, Yang et al. 2025); the Fisher metric is ours.
 """
 
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kfac_prune import ranks
-from kfac_prune.block_training import HELD_OUT, BlockTraining, Reconstructed, Reconstruction
+from kfac_prune.block_training import HELD_OUT, BlockTraining, Reconstructed, Reconstruction, Teacher
 from kfac_prune.curvature.factors import Factors
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
@@ -102,7 +103,7 @@ def reconstruct_sparse(
         factors: of the dense model, for the metric.
         windows: calibration tokens [N, T]; masked positions are left out.
         dense: a context in which the model has its dense weights (``WeightSwap.swapped_in``).
-        settings: epochs, unit, seed, folder.
+        settings: epochs, unit, seed, folder, objective.
         damping: of the metric; None is ``Damping()``.
         shelf: where streams wait.
         quiet: show no progress bar.
@@ -136,7 +137,7 @@ def reconstruct(
             ``dense`` makes one model the other.
         metric: G [d, d], damped, after every block by its name (``metrics``). With unit "sublayer" a layer that writes
             into the stream ends a sub-layer where there is a metric under its name.
-        settings: epochs, unit, seed and folder.
+        settings: epochs, unit, seed, folder and objective.
         trained: names of the layers that may change.
         masks: [out, in] per layer, True = kept; layers without one keep every weight.
         dense: a context in which ``dense_stack`` is dense.
@@ -170,8 +171,10 @@ def reconstruct(
                 part = replace(part, trained=[layer for layer in part.trained if layer.name in trained])
                 if not part.trained:
                     continue
+                ends = index + 1 == len(stack.names) and part.writers is None
+                teacher = Teacher(dense_stack, dense, settings.objective) if ends else None
                 with resident(stack.blocks[index], stack.device):
-                    problem = BlockTraining(stack, index, part, stream, masks)
+                    problem = BlockTraining(stack, index, part, stream, masks, teacher)
                     record = _journaled(problem, rate, settings, journal, f"{len(records):04} {part.name}")
                 records.append(record)
                 rate = record.learning_rate or rate
@@ -210,5 +213,5 @@ def _fingerprint(
     parts = [str(replace(settings, folder=None)), content_hash(entries), content_hash(masks)]
     for context in (dense, nullcontext):
         with context():
-            parts += [content_hash(block.state_dict()) for block in stack.blocks]
+            parts.append(content_hash(stack.model.state_dict()))
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()

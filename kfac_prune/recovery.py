@@ -27,6 +27,7 @@ from kfac_prune.data import WindowBatch, Windows
 from kfac_prune.errors import InputError
 from kfac_prune.models import Layer, only_trained
 from kfac_prune.objective import CAUSAL, Objective
+from kfac_prune.quality import compared
 from kfac_prune.reconstruction import step_windows
 
 logger = logging.getLogger("kfac_prune")
@@ -201,13 +202,9 @@ class _Distillation:
         """Σ KL(dense‖model) over a batch's units, and their number."""
         with torch.no_grad():
             if isinstance(self._dense, PreTrainedModel):
-                p = self._compared(self._dense, batch)
+                p = compared(self._dense, batch, self._objective)
             else:
                 with self._dense():
-                    p = self._compared(self._model, batch)
-        q = self._compared(self._model, batch)
+                    p = compared(self._model, batch, self._objective)
+        q = compared(self._model, batch, self._objective)
         return self._objective.divergence(p.to(q.device), q).sum(), len(q)
-
-    def _compared(self, model: PreTrainedModel, batch: WindowBatch) -> Tensor:
-        mask = None if batch.attention_mask is None else batch.attention_mask.to(model.device)
-        return self._objective.compared(self._objective.output(model, batch.input_ids.to(model.device), mask), mask)

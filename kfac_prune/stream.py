@@ -20,6 +20,8 @@ from kfac_prune.data import Windows
 from kfac_prune.experts import ExpertLinear
 from kfac_prune.memory import mapped
 from kfac_prune.models import Layer, find_blocks, prunable_layers
+from kfac_prune.objective import Objective
+from kfac_prune.quality import compared
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class BlockStack:
         shelf: where streams wait.
 
     Attributes:
+        model: whose blocks they are.
         device: of the model.
         layers: all linear layers of the model by name.
         names: of the blocks.
@@ -81,9 +84,10 @@ class BlockStack:
         self.entries: list[Tensor] = []
         self.outputs = 0
         self._calls: list[list[Call]] = []  # [batch][block]
-        self.device = model.device
+        self._batches = list(windows.batches(batch_size))
+        self.model, self.device = model, model.device
         with torch.no_grad():
-            for batch in windows.batches(batch_size):
+            for batch in self._batches:
                 mask = None if batch.attention_mask is None else batch.attention_mask.to(model.device)
                 calls: list[Call] = []
                 with self._recorded(calls), suppress(_Stopped):
@@ -141,6 +145,14 @@ class BlockStack:
                 handle.remove()
         return left(output)
 
+    def compared(self, objective: Objective, block: int, batch: int, stream: Tensor) -> Tensor:
+        """``objective.compared`` of what the model puts out where this stream [B, T, d] enters a block.
+
+        Block ``len(blocks)`` is what follows the last one.
+        """
+        with begun_at(self, block, [stream]):
+            return compared(self.model, self._batches[batch], objective)
+
 
 def left(output: Tensor | tuple[Any, ...]) -> Tensor:
     """The stream in what a block returns."""
@@ -157,24 +169,25 @@ def block_of(layer: Layer, names: Sequence[str]) -> int:
 def begun_at(stack: BlockStack, block: int, streams: Iterable[Tensor]) -> Iterator[None]:
     """Within the block the model's forward passes begin at a block; each takes the next of the recorded streams.
 
-    The blocks before it cost nothing; embeddings and head run as ever, so the tokens must be those of the streams.
+    The blocks before it cost nothing; embeddings and head run as ever, so the tokens must be those of the streams. At
+    ``len(blocks)`` no block runs, and the streams are what the last one leaves.
     """
     inputs = iter(streams)
 
-    def passes(module: nn.Module) -> Callable[..., Any]:
-        forward = module.forward
-
+    def passes(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def unchanged(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if index + 1 == len(stack.blocks):
+                hidden_states = next(inputs).to(hidden_states.device)
             return (hidden_states, *[None] * (stack.outputs - 1)) if stack.outputs else hidden_states
 
         def begins(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             return forward(next(inputs).to(hidden_states.device), *args, **kwargs)
 
-        return begins if module is stack.blocks[block] else unchanged
+        return begins if index == block else unchanged
 
     outer = [vars(module).get("forward") for module in stack.blocks]  # of a context around this one
-    for module in stack.blocks[: block + 1]:
-        module.forward = passes(module)
+    for index, module in enumerate(stack.blocks[: block + 1]):
+        module.forward = passes(index, module.forward)
     try:
         yield
     finally:

@@ -109,6 +109,7 @@ class Benchmark:
         self.calibration = sequence_windows(tokenizer, calibration, SEQLEN)
         self.test = sequence_windows(tokenizer, sorted(test, key=len), SEQLEN)  # alike in length: little padding
         self.layers = participants(self.model, prunable_layers(self.model), self.calibration, self.objective)
+        self.reconstruction = Reconstruction(RECONSTRUCT, objective=self.objective)
         self.dense = self.vectors(self.model)
 
     @torch.inference_mode()
@@ -171,9 +172,7 @@ class Benchmark:
             self.seconds.pop("repair", None)
             if repair == "reconstruction":
                 with timed(self.seconds, "repair"):
-                    reconstruct_sparse(
-                        model, plan, factors, self.calibration, swap.swapped_in, Reconstruction(RECONSTRUCT)
-                    )
+                    reconstruct_sparse(model, plan, factors, self.calibration, swap.swapped_in, self.reconstruction)
             self.write(cell_name(method, repair), level, model, figures)
 
     def shrink(self, method: str, level: str, wanted: list[str]) -> None:
@@ -196,7 +195,7 @@ class Benchmark:
             if repair == "reconstruction":
                 with timed(self.seconds, "repair"):
                     reconstruct_smaller(
-                        self.model, best.model, self.layers, factors, self.calibration, Reconstruction(RECONSTRUCT)
+                        self.model, best.model, self.layers, factors, self.calibration, self.reconstruction
                     )
             self.write(cell_name(method, repair), level, best.model, figures)
 

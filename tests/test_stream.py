@@ -15,6 +15,8 @@ from transformers import (
 
 from kfac_prune.data import Windows
 from kfac_prune.models import find_blocks, prunable_layers
+from kfac_prune.objective import CAUSAL
+from kfac_prune.quality import compared
 from kfac_prune.stream import BlockStack, find_writers
 
 SMALL = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -86,6 +88,21 @@ def test_the_stream_through_all_blocks_is_the_models_own(family, padded):
                 stream = stack.run(block, index, stream)
         assert torch.equal(stream, last[index])
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_passes_can_begin_at_every_block_and_after_the_last(family, padded):
+    model, windows = build(family), tokens(padded)
+    stack = BlockStack(model, windows, batch_size=2)
+    with torch.no_grad():
+        for index, batch in enumerate(windows.batches(2)):
+            whole, stream = compared(model, batch, CAUSAL), stack.entries[index]
+            for block in range(len(stack.blocks)):
+                assert torch.equal(stack.compared(CAUSAL, block, index, stream), whole)
+                stream = stack.run(block, index, stream)
+            assert torch.equal(stack.compared(CAUSAL, len(stack.blocks), index, stream), whole)
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -71,7 +71,7 @@ def reconstruct_smaller(
         layers: of the dense model, whose smaller forms may change.
         factors: of the dense model, for the metric; with unit "sublayer", of every layer that may end one.
         windows: calibration tokens [N, T].
-        settings: epochs, unit, seed, folder.
+        settings: epochs, unit, seed, folder, objective.
         damping: of the metric; None is ``Damping()``.
         shelf: where streams wait.
         quiet: show no progress bar.
