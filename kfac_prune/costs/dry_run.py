@@ -84,11 +84,15 @@ class Step:
     Attributes:
         forward: of all blocks without gradients.
         train: forward and backward of all blocks, by the trained weights.
-        held: bytes of activations of the largest block.
+        head_forward: the KL after the last block, without gradients.
+        head_train: the same with the gradient by the stream.
+        held: bytes of activations of the largest block and the head.
     """
 
     forward: Work
     train: Work
+    head_forward: Work
+    head_train: Work
     held: int
 
 
@@ -182,7 +186,19 @@ class DryRun:
                 p.grad = None
             forward, train = forward + once * times, train + step * times
             held = max(held, _bytes(tensors, self._model))
-        return Step(forward, train, held)
+        ids = _windows(batch, length).input_ids.to("meta")
+
+        def rows() -> Tensor:
+            return self.objective.compared(self.objective.output(self._model, ids, None), None)
+
+        with self._running(), self._outside_only():
+            with torch.no_grad(), counted() as taught:
+                dense = rows()
+            with torch.no_grad(), counted() as looked:
+                self.objective.divergence(dense, rows())
+            with frozen(self._model), torch.enable_grad(), _held() as tensors, counted() as learned:
+                self.objective.divergence(dense, rows()).sum().backward()
+        return Step(forward, train, taught + looked, taught + learned, held + _bytes(tensors, self._model))
 
     def _block(self, kind: Sequence[int], batch: int, length: int) -> Passes:
         """Forward, backward and what is held of one block of a kind."""

@@ -341,19 +341,19 @@ def _reconstruct(s: Setting) -> Stage:
     steps = -(-recipe.samples // size)
     held = max(steps // HELD_OUT, 1)
     again = 1 + 1 / dry.count  # the first block tries another learning rate
-    train = (steps - held) * recipe.reconstruct * again
+    train, look = (steps - held) * recipe.reconstruct, held * (recipe.reconstruct + 1)
     step = dry.step(size, recipe.seqlen)
-    look = held * (recipe.reconstruct + 1) * again
-    work = step.train * train + step.forward * (look + 3 * steps)
+    work = step.head_train * train + step.head_forward * look
+    work += (step.train * train + step.forward * look) * again + step.forward * (3 * steps)
     rows = size * recipe.seqlen
-    work.add(Product("float32", rows, dry.width, dry.width), dry.count * (2 * train + look))
-    work.move(12 * rows * dry.width, dry.count * (6 * train + 3 * look))
+    work.add(Product("float32", rows, dry.width, dry.width), (dry.count - 1) * again * (2 * train + look))
+    work.move(12 * rows * dry.width, (dry.count - 1) * again * (6 * train + 3 * look))
     block = s.weights / dry.count
-    work.move(12 * block, 6 * dry.count * train)  # Adam, masks, rounding to the model's dtype
-    work.add(Call(), train * 14 * len(dry.matrices))
+    work.move(12 * block, 6 * dry.count * train * again)  # Adam, masks, rounding to the model's dtype
+    work.add(Call(), train * again * 14 * len(dry.matrices))
     stream = s.tokens * dry.width * s.item
     written = s.weights * s.item
-    work += Work({Transfer("hash"): stream + s.weights + 2 * dry.blocks_bytes + written, Transfer("disk"): written})
+    work += Work({Transfer("hash"): stream + s.weights + 2 * s.bytes + written, Transfer("disk"): written})
     work.add(Transfer("link"), s.gpu * stream * (6 + recipe.reconstruct) * dry.count)
     training = block * (4 * 5 + 2 * s.item) + step.held + 3 * 4 * rows * dry.width
     streams = 5 * stream
