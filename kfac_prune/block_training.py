@@ -28,9 +28,11 @@ logger = logging.getLogger("kfac_prune")
 #: One batch in so many is held out: no step is taken on it, and it decides which state is kept.
 HELD_OUT = 10
 #: Adam's learning rate at the first step, per root mean square of a layer's kept weights; it falls to zero on a cosine.
-#: The first block divides it by ``LOWER`` while that helps; the others take over what it found, and divide where that
-#: makes them worse. So many are tried per block.
-RATE, LOWER, TRIES = 0.02, 4.0, 3
+#: The first block in which something is lost divides it by ``LOWER`` while that helps. The others take over what it
+#: found, and divide only where that is of no help. So many are tried per block.
+RATE, LOWER, TRIES = 0.02, 2.0, 4
+#: Nats; of a block that loses less nothing is trained, since that is rounding.
+LEAST = 1e-9
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ class BlockTraining:
         self.assign([state[str(i)].to(p.device) for i, p in enumerate(self.parameters)])
 
     def solve(self, rate: float | None, settings: Reconstruction) -> Reconstructed:
-        """Train at the rate that served the block before, or find one; keep the state that is best where held out."""
+        """Train at a rate, or find one; keep the state that is best where held out."""
         begin = time.perf_counter()
         start = [p.data for p in self.parameters]
         before = self._objective()
@@ -168,7 +170,7 @@ class BlockTraining:
             )
         best, kept, chosen = before, start, 0.0
         search, rate = rate is None, rate or RATE
-        for _ in range(TRIES):
+        for _ in range(TRIES if before > LEAST else 0):
             self.assign(start)
             loss, state = self._trained(rate, before, settings)
             if loss < best:

@@ -177,7 +177,7 @@ def reconstruct(
                     problem = BlockTraining(stack, index, part, stream, masks, teacher)
                     record = _journaled(problem, rate, settings, journal, f"{len(records):04} {part.name}")
                 records.append(record)
-                rate = record.learning_rate or rate
+                rate = rate or record.learning_rate or None
                 bar.set_postfix_str(f"{record.name} {record.before:.2e} -> {record.after:.2e}")
             with torch.no_grad():
                 stream = [stack.keep(stack.run(index, batch, x)) for batch, x in enumerate(stream)]
