@@ -177,6 +177,40 @@ def test_the_first_block_finds_the_rate_for_all(first, make_model, make_windows,
     assert [(name, rate) for name, rate, _ in tried[len(down) :]] == [(r.name, best) for r in records[1:]]
 
 
+def test_a_block_that_is_hard_to_help_lowers_the_rate_for_itself_alone(make_model, make_windows, monkeypatch):
+    tried, ends = [], ["first", "hard", "third", "last"]
+
+    def stands_in(self, rate, before, settings):
+        if not tried or tried[-1][0] is not self:
+            ends.append(ends.pop(0))
+        tried.append((self, rate, ends[-1]))
+        factors = {"first": {0.02: 0.9, 0.01: 0.5, 0.005: 0.6}, "hard": {0.01: 1.2, 0.005: 0.9}}
+        return factors.get(ends[-1], {}).get(rate, 0.8) * before, [p.data for p in self.parameters]
+
+    monkeypatch.setattr(block_training.BlockTraining, "_trained", stands_in)
+    records = Job(make_model("llama"), make_windows(count=24, length=8)).run(unit="sublayer")
+    assert [(name, rate) for _, rate, name in tried] == [
+        ("first", 0.02), ("first", 0.01), ("first", 0.005), ("hard", 0.01), ("hard", 0.005), ("third", 0.01),
+        ("last", 0.01),
+    ]  # fmt: skip
+    assert [record.learning_rate for record in records] == [0.01, 0.005, 0.01, 0.01]
+    assert [record.after / record.before for record in records] == pytest.approx([0.5, 0.9, 0.8, 0.8])
+
+
+def test_a_block_that_lost_nothing_is_left_as_it_is(make_model, make_windows):
+    job = Job(make_model("llama"), make_windows(count=24, length=8))
+    job.dense.restore()
+    later = [layer for layer in job.layers if layer.name.startswith("model.layers.1.")]
+    job.plan = make_plan(later, job.factors, pattern=NM(2, 4), method="magnitude")
+    job.dense = prune(later, job.plan)
+    before = job.tensors()
+    first, second = job.run()
+    assert (first.before, first.after, first.learning_rate) == (0, 0, 0)
+    assert second.after < second.before
+    same = [name for name, tensor in job.tensors().items() if torch.equal(tensor, before[name])]
+    assert {name for name in before if name.startswith("model.layers.0.")} <= set(same)
+
+
 def test_one_batch_is_too_few(make_model, make_windows):
     job = Job(make_model("llama"), make_windows(count=8, length=8))
     with pytest.raises(InputError, match="there is one batch"):
