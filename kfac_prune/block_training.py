@@ -30,7 +30,7 @@ HELD_OUT = 10
 #: Adam's learning rate at the first step, per root mean square of a layer's kept weights; it falls to zero on a cosine.
 #: The first block in which something is lost divides it by ``LOWER`` while that helps. The others take over what it
 #: found, and divide only where that is of no help. So many are tried per block.
-RATE, LOWER, TRIES = 0.02, 2.0, 4
+RATE, LOWER, TRIES = 0.02, 4.0, 3
 #: Nats; of a block that loses less nothing is trained, since that is rounding.
 LEAST = 1e-9
 

@@ -184,16 +184,16 @@ def test_a_block_that_is_hard_to_help_lowers_the_rate_for_itself_alone(make_mode
         if not tried or tried[-1][0] is not self:
             ends.append(ends.pop(0))
         tried.append((self, rate, ends[-1]))
-        factors = {"first": {0.02: 0.9, 0.01: 0.5, 0.005: 0.6}, "hard": {0.01: 1.2, 0.005: 0.9}}
+        factors = {"first": {0.02: 0.9, 0.005: 0.5, 0.00125: 0.6}, "hard": {0.005: 1.2, 0.00125: 0.9}}
         return factors.get(ends[-1], {}).get(rate, 0.8) * before, [p.data for p in self.parameters]
 
     monkeypatch.setattr(block_training.BlockTraining, "_trained", stands_in)
     records = Job(make_model("llama"), make_windows(count=24, length=8)).run(unit="sublayer")
     assert [(name, rate) for _, rate, name in tried] == [
-        ("first", 0.02), ("first", 0.01), ("first", 0.005), ("hard", 0.01), ("hard", 0.005), ("third", 0.01),
-        ("last", 0.01),
+        ("first", 0.02), ("first", 0.005), ("first", 0.00125), ("hard", 0.005), ("hard", 0.00125), ("third", 0.005),
+        ("last", 0.005),
     ]  # fmt: skip
-    assert [record.learning_rate for record in records] == [0.01, 0.005, 0.01, 0.01]
+    assert [record.learning_rate for record in records] == [0.005, 0.00125, 0.005, 0.005]
     assert [record.after / record.before for record in records] == pytest.approx([0.5, 0.9, 0.8, 0.8])
 
 
