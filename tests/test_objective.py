@@ -14,6 +14,7 @@ from torch.func import functional_call, jacrev
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
 import kfac_prune
+from kfac_prune.block_training import Reconstruction
 from kfac_prune.config import Recipe
 from kfac_prune.curvature import estimate
 from kfac_prune.curvature.estimate import estimate_factors, participants
@@ -22,10 +23,13 @@ from kfac_prune.errors import InputError
 from kfac_prune.measurement import measure
 from kfac_prune.models import Layer, load_config, prunable_layers
 from kfac_prune.objective import Classes, Embedding, Tokens, find_objective, neighbours_kept
+from kfac_prune.obs import NM
 from kfac_prune.pipeline import run
+from kfac_prune.plan import make_plan, prune
 from kfac_prune.probe import Probe
 from kfac_prune.problems import PlannedLayer
 from kfac_prune.quality import evaluate
+from kfac_prune.reconstruction import reconstruct_sparse
 
 WORDS = [f"w{i}" for i in range(40)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -394,6 +398,22 @@ def test_refusals(folder, tmp_path, options, reason):
 def test_an_encoder_has_no_perplexity(folder, tmp_path):
     with pytest.raises(InputError, match=r"no loss or perplexity.*--dense"):
         measure(recipe(folder, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_last_block_is_reconstructed_on_the_objective(kind):
+    """Layers behind it (pooler, transform) are pruned too; the dense outputs are those of the dense layers."""
+    model, objective, windows = tiny(kind, layers=2), OBJECTIVES[kind], padded(33)
+    layers = participants(model, prunable_layers(model), windows, objective)
+    factors = estimate_factors(model, layers, windows, objective=objective)
+    plan = make_plan(layers, factors, pattern=NM(2, 4), method="magnitude")
+    dense = prune(layers, plan)
+    settings = Reconstruction(2, objective=objective)
+    last = reconstruct_sparse(model, plan, factors, windows, dense.swapped_in, settings)[-1]
+    held = windows.split(3)[1]  # a tenth of eleven batches
+    kl = evaluate(model, held, dense=dense.swapped_in, objective=objective).kl
+    assert last.after == pytest.approx(kl, rel=1e-4)
+    assert last.after < last.before
 
 
 # --- whole runs -----------------------------------------------------------------------------------------------------
