@@ -28,9 +28,10 @@ logger = logging.getLogger("kfac_prune")
 #: One batch in so many is held out: no step is taken on it, and it decides which state is kept.
 HELD_OUT = 10
 #: Adam's learning rate at the first step, per root mean square of a layer's kept weights; it falls to zero on a cosine.
-#: The first block in which something is lost divides it by ``LOWER`` while that helps. The others take over what it
-#: found, and divide only where that is of no help. So many are tried per block.
-RATE, LOWER, TRIES = 0.02, 4.0, 3
+#: The first block in which something is lost tries both, and the others take over the better one.
+RATES = (0.02, 0.005)
+#: A block that no rate has helped divides it by this, so many times.
+LOWER, TIMES = 4.0, 2
 #: Nats; of a block that loses less nothing is trained, since that is rounding.
 LEAST = 1e-9
 
@@ -159,7 +160,7 @@ class BlockTraining:
         self.assign([state[str(i)].to(p.device) for i, p in enumerate(self.parameters)])
 
     def solve(self, rate: float | None, settings: Reconstruction) -> Reconstructed:
-        """Train at a rate, or find one; keep the state that is best where held out."""
+        """Train at a rate, or at the better of two; keep the state that is best where held out."""
         begin = time.perf_counter()
         start = [p.data for p in self.parameters]
         before = self._objective()
@@ -169,19 +170,17 @@ class BlockTraining:
                 "try --dtype float32 or bfloat16, or --reconstruct 0"
             )
         best, kept, chosen = before, start, 0.0
-        search, rate = rate is None, rate or RATE
-        for _ in range(TRIES if before > LEAST else 0):
+        first = RATES if rate is None else (rate,)
+        lower = [first[-1] / LOWER**i for i in range(1, TIMES + 1)]
+        for rate in (*first, *lower) if before > LEAST else ():
+            if chosen and rate in lower:
+                break
             self.assign(start)
             loss, state = self._trained(rate, before, settings)
             if loss < best:
                 best, kept, chosen = loss, state, rate
-                if not search:
-                    break
-            elif chosen:  # a lower rate is no better
-                break
             else:
-                logger.info("reconstruct: %s: a learning rate of %.3g does not help; lowered", self.part.name, rate)
-            rate /= LOWER
+                logger.info("reconstruct: %s: a learning rate of %.3g does not help", self.part.name, rate)
         self.assign(kept)
         return Reconstructed(self.part.name, before, best, chosen, time.perf_counter() - begin)
 
