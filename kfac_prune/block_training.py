@@ -44,8 +44,8 @@ class Reconstruction:
         epochs: passes over the calibration windows per block or sub-layer.
         unit: "block" trains attention and FFN together, "sublayer" one after the other.
         seed: of the order of the batches.
-        objective: what the model computes, which the last block is trained on.
         folder: where every finished block is left, from which a run that was interrupted goes on; None: nowhere.
+        objective: what the model computes; the last block is trained on its KL.
     """
 
     epochs: int

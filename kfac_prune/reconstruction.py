@@ -76,7 +76,8 @@ def metrics(factors: Factors, damping: Damping, unit: Unit) -> dict[str, Tensor]
 def table(records: Sequence[Reconstructed]) -> str:
     """Block by block: held-out objective before and after, and seconds, as aligned text."""
     width = max([len("reconstructed"), *(len(record.name) for record in records)])
-    lines = [f"{'reconstructed':{width}}    before     after  learning rate  seconds   (held-out, nats as above)"]
+    note = "(held-out, nats as above; the last block's is the KL)"
+    lines = [f"{'reconstructed':{width}}    before     after  learning rate  seconds   {note}"]
     lines += [
         f"{r.name:{width}}  {r.before:8.6f}  {r.after:8.6f}  {r.learning_rate:13.2g}  {r.seconds:7.1f}" for r in records
     ]
