@@ -28,11 +28,11 @@ logger = logging.getLogger("kfac_prune")
 #: One batch in so many is held out: no step is taken on it, and it decides which state is kept.
 HELD_OUT = 10
 #: Adam's learning rate at the first step, per root mean square of a layer's kept weights; it falls to zero on a cosine.
-#: The first block in which something is lost tries both, and the others take over the better one.
+#: Both are tried until one has helped a block; those behind it take over the better one.
 RATES = (0.02, 0.005)
 #: A block that no rate has helped divides it by this, so many times.
 LOWER, TIMES = 4.0, 2
-#: Nats; of a block that loses less nothing is trained, since that is rounding.
+#: Nats; a block that loses less is not worth training.
 LEAST = 1e-9
 
 
@@ -136,11 +136,10 @@ class BlockTraining:
         self.parameters: list[nn.Parameter] = []
         self._masks: list[Tensor | None] = []
         self._scales: list[float] = []
-        for layer in part.trained:
-            weight = layer.weight
-            scale = float(weight.float().norm() / weight.count_nonzero().clamp_min(1).sqrt())
+        sizes = [_size(layer.weight) for layer in part.trained]
+        for layer, size in zip(part.trained, sizes, strict=True):
             for parameter in layer.parameters():
-                self._scales.append(scale)
+                self._scales.append(size or max(sizes))  # the bias of a layer that has lost all weights learns too
                 mask = masks.get(layer.name) if parameter.ndim > 1 else None
                 self.parameters.append(parameter)
                 self._masks.append(None if mask is None else layer.stored(mask).to(parameter.device))
@@ -165,8 +164,9 @@ class BlockTraining:
         start = [p.data for p in self.parameters]
         before = self._objective()
         if not math.isfinite(before):
+            what = "KL(dense‖pruned)" if self._teacher else "the residual stream"
             raise InputError(
-                f"the residual stream after {self.part.name} is not finite on the calibration text; "
+                f"{what} after {self.part.name} is not finite on the calibration text; "
                 "try --dtype float32 or bfloat16, or --reconstruct 0"
             )
         best, kept, chosen = before, start, 0.0
@@ -225,7 +225,12 @@ class BlockTraining:
             sums = [(float(total), tokens) for total, tokens in map(self._loss, self._arriving(self._held))]
         both = torch.tensor(sums, dtype=torch.float64, device=self._metric.device).sum(0)
         total, tokens = ranks.summed(both)[0].tolist()
-        return float(total / tokens) if tokens else math.nan
+        if not tokens:
+            raise InputError(
+                "no position of the calibration windows that are held out for the reconstruction counts (a causal "
+                "model's need a next token); use longer text, more --samples, or --reconstruct 0"
+            )
+        return float(total / tokens)
 
     def _arriving(self, numbers: Sequence[int]) -> Iterator[_Batch]:
         """Batches by their numbers, the next one on its way while one is worked on."""
@@ -250,3 +255,8 @@ class BlockTraining:
         if mask is not None:
             delta = delta[mask.reshape(-1)]
         return 0.5 * ((delta @ self._metric.float()) * delta).sum(), len(delta)
+
+
+def _size(weight: Tensor) -> float:
+    """Root mean square of the entries that are not zero."""
+    return float(weight.float().norm() / weight.count_nonzero().clamp_min(1).sqrt())

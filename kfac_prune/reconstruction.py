@@ -160,7 +160,7 @@ def reconstruct(
     masks = masks or {}
     journal = None
     if settings.folder is not None and ranks.leads():
-        journal = Journal(settings.folder, "reconstruction", _fingerprint(stack, settings, masks, dense))
+        journal = Journal(settings.folder, "reconstruction", _fingerprint(dense_stack, stack, settings, masks, dense))
     dense_stream, stream = list(dense_stack.entries), list(dense_stack.entries)
     records: list[Reconstructed] = []
     rate = None
@@ -172,7 +172,7 @@ def reconstruct(
                 part = replace(part, trained=[layer for layer in part.trained if layer.name in trained])
                 if not part.trained:
                     continue
-                ends = index + 1 == len(stack.names) and part.writers is None
+                ends = index + 1 == len(stack.names) and part.writers is None and stack.calls_once()
                 teacher = Teacher(dense_stack, dense, settings.objective) if ends else None
                 with resident(stack.blocks[index], stack.device):
                     problem = BlockTraining(stack, index, part, stream, masks, teacher)
@@ -204,6 +204,7 @@ def _journaled(
 
 
 def _fingerprint(
+    dense_stack: BlockStack,
     stack: BlockStack,
     settings: Reconstruction,
     masks: Mapping[str, Tensor],
@@ -212,7 +213,7 @@ def _fingerprint(
     """Of all that decides the result: weights before and after pruning, masks, the stream that enters, settings."""
     entries = {f"entry {batch}": stream for batch, stream in enumerate(stack.entries)}
     parts = [str(replace(settings, folder=None)), content_hash(entries), content_hash(masks)]
-    for context in (dense, nullcontext):
-        with context():
-            parts.append(content_hash(stack.model.state_dict()))
+    with dense():
+        parts.append(content_hash(dense_stack.model.state_dict()))
+    parts.append(content_hash(stack.model.state_dict()))
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()

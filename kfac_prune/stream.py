@@ -150,8 +150,20 @@ class BlockStack:
 
         Block ``len(blocks)`` is what follows the last one.
         """
-        with begun_at(self, block, [stream]):
+        with _no_router_loss(self.model), begun_at(self, block, [stream]):
             return compared(self.model, self._batches[batch], objective)
+
+    def calls_once(self) -> bool:
+        """The model calls its last block once per pass; some run the same block several times."""
+        times: list[int] = []
+        handle = self.blocks[-1].register_forward_hook(lambda module, args, output: times.append(1))
+        batch = self._batches[0]
+        try:
+            with torch.no_grad():
+                self.model(input_ids=batch.input_ids.to(self.device), attention_mask=self.masks[0], use_cache=False)
+        finally:
+            handle.remove()
+        return len(times) == 1
 
 
 def left(output: Tensor | tuple[Any, ...]) -> Tensor:
@@ -195,6 +207,19 @@ def begun_at(stack: BlockStack, block: int, streams: Iterable[Tensor]) -> Iterat
             del module.forward
             if forward is not None:
                 module.forward = forward
+
+
+@contextmanager
+def _no_router_loss(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block a mixture does not compute its router's loss, which needs all blocks to have run."""
+    wanted = getattr(model.config, "output_router_logits", False)
+    if wanted:
+        model.config.output_router_logits = False
+    try:
+        yield
+    finally:
+        if wanted:
+            model.config.output_router_logits = wanted
 
 
 class _Stopped(Exception):

@@ -1,14 +1,15 @@
 import pytest
 import torch
 from conftest import build, random_windows
-from transformers import AutoModelForCausalLM, Gemma2Config
+from transformers import AlbertConfig, AlbertForMaskedLM, AutoModelForCausalLM, Gemma2Config
 
-from kfac_prune import block_training
+from kfac_prune import block_training, reconstruction
 from kfac_prune.block_training import Reconstruction
 from kfac_prune.curvature.estimate import estimate_factors
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.models import prunable_layers
+from kfac_prune.objective import Tokens
 from kfac_prune.obs import NM
 from kfac_prune.operators import Damping
 from kfac_prune.plan import make_plan, prune
@@ -316,12 +317,54 @@ def test_a_bad_file_of_an_earlier_run_is_refused(make_model, make_windows, tmp_p
         job.run(epochs=1, folder=tmp_path)
 
 
-def test_a_stream_that_is_not_finite_is_named(make_model, make_windows):
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [(0, r"the residual stream after model.layers.0 is not finite"), (1, r"KL.* after model.layers.1 is not finite")],
+)
+def test_what_is_not_finite_is_named(make_model, make_windows, block, message):
     job = Job(make_model("llama"), make_windows(count=24, length=8))
-    broken = next(layer for layer in job.layers if layer.name == "model.layers.1.mlp.down_proj")
+    broken = next(layer for layer in job.layers if layer.name == f"model.layers.{block}.mlp.down_proj")
     broken.assign(torch.full_like(broken.weight, float("nan")))
-    with pytest.raises(InputError, match=r"stream after model.layers.1 is not finite"):
+    with pytest.raises(InputError, match=message):
         job.run(epochs=1)
+
+
+def test_held_out_windows_without_a_next_token_are_refused(make_model, make_windows):
+    lengths = (8,) * 16 + (1,) * 8
+    job = Job(make_model("llama"), make_windows(count=24, length=8, lengths=lengths))
+    with pytest.raises(InputError, match=r"no position .* held out .* next token"):
+        job.run(epochs=1)
+
+
+def test_a_layer_without_weights_still_learns_its_bias(make_model, make_windows):
+    job = Job(make_model("gpt2"), make_windows(count=24, length=8))
+    layer = next(layer for layer in job.layers if layer.name == "transformer.h.0.mlp.c_proj")
+    mask = next(one for one in job.plan.layers if one.name == layer.name).mask
+    mask.fill_(False)
+    layer.assign(torch.zeros_like(layer.weight), layer.bias)
+    before = layer.bias.clone()
+    job.run(epochs=1)
+    assert not layer.weight.any()
+    assert not torch.equal(layer.bias, before)
+
+
+def test_a_block_that_runs_several_times_has_no_output_of_its_own_to_learn_from(make_windows):
+    """ALBERT: the last block's last call is not the one that is recorded, so it stays with the stream."""
+    torch.manual_seed(0)
+    config = AlbertConfig(
+        vocab_size=48, embedding_size=16, hidden_size=16, intermediate_size=32, num_hidden_layers=3,
+        num_attention_heads=2, max_position_embeddings=16, attn_implementation="eager",
+    )  # fmt: skip
+    windows = make_windows(count=24, length=8)
+    model = AlbertForMaskedLM(config).eval()
+    layers = prunable_layers(model)
+    masked = Tokens(causal=False)
+    factors = estimate_factors(model, layers, windows, objective=masked)
+    plan = make_plan(layers, factors, pattern=NM(2, 4), method="magnitude")
+    dense = prune(layers, plan)
+    settings = Reconstruction(1, objective=masked)
+    (record,) = reconstruction.reconstruct_sparse(model, plan, factors, windows, dense.swapped_in, settings)
+    assert record.after <= record.before
 
 
 def test_a_block_without_layers_to_train_is_skipped(make_model, make_windows):

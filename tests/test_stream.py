@@ -7,6 +7,7 @@ from transformers import (
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
+    MixtralConfig,
     OPTConfig,
     Phi3Config,
     PhiConfig,
@@ -103,6 +104,19 @@ def test_passes_can_begin_at_every_block_and_after_the_last(family, padded):
                 stream = stack.run(block, index, stream)
             assert torch.equal(stack.compared(CAUSAL, len(stack.blocks), index, stream), whole)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_mixture_whose_configuration_asks_for_its_routers_loss_can_begin_after_the_last_block():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MixtralConfig(**GATED, num_local_experts=2, output_router_logits=True))
+    stack = BlockStack(model.eval(), tokens(False), batch_size=5)
+    with torch.no_grad():
+        stream = stack.entries[0]
+        for block in range(len(stack.blocks)):
+            stream = stack.run(block, 0, stream)
+        whole = compared(model, next(tokens(False).batches(5)), CAUSAL)
+        assert torch.equal(stack.compared(CAUSAL, len(stack.blocks), 0, stream), whole)
+    assert model.config.output_router_logits
 
 
 @pytest.mark.parametrize("family", FAMILIES)
