@@ -87,18 +87,31 @@ def test_a_model_that_lost_nothing_stays_as_it_is(model, make_windows):
         torch.testing.assert_close(layer.weight, weight, rtol=1e-3, atol=1e-3 * float(weight.abs().max()))
 
 
-def test_padding_and_batches_do_not_matter(make_model, make_windows):
+def test_padding_does_not_matter(make_model, make_windows):
     lengths = (12, 7, 9, 3, 12, 5)
     windows = make_windows(count=6, length=12, lengths=lengths)
     other = Windows(windows.input_ids.where(windows.attention_mask, torch.tensor(7)), windows.attention_mask)
     results = []
-    for chosen, batch_size in ((windows, 2), (other, 2), (windows, 6)):
+    for chosen in (windows, other):
         model = make_model("llama")
         layers, factors, plan, dense = pruned(model, windows, sparsity=0.5, allocation="uniform")
-        new, records = refit(model, layers, plan, factors, chosen, dense.swapped_in, batch_size=batch_size)
-        results.append((torch.cat([layer.weight.reshape(-1) for layer in new.layers]), [r.after for r in records]))
-    assert torch.equal(results[0][0], results[1][0])
-    assert results[0][1] == pytest.approx(results[2][1], rel=0.05)  # another order of sums can turn a near tie of masks
+        new, _ = refit(model, layers, plan, factors, chosen, dense.swapped_in, batch_size=2)
+        results.append(torch.cat([layer.weight.reshape(-1) for layer in new.layers]))
+    assert torch.equal(*results)
+
+
+def test_batches_do_not_matter(make_model, make_windows):
+    """Of damaged weights that may all change: with masks another order of sums can turn a near tie."""
+    windows = make_windows(count=6, length=12, lengths=(12, 7, 9, 3, 12, 5))
+    results = []
+    for batch_size in (2, 6):
+        model = make_model("llama")
+        layers, factors, plan, dense = pruned(model, windows, sparsity=0.0)
+        for layer in layers:
+            layer.assign(0.5 * layer.weight)
+        refit(model, layers, plan, factors, windows, dense.swapped_in, batch_size=batch_size)
+        results.append(torch.cat([layer.weight.reshape(-1) for layer in layers]))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
 
 
 def test_layers_left_out_stay_bit_for_bit(make_model, make_windows):
