@@ -17,7 +17,7 @@ from kfac_prune.data import Windows
 from kfac_prune.models import Layer, WeightSwap, prunable_layers
 from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.problems import PlannedLayer
-from kfac_prune.quality import compared, evaluate
+from kfac_prune.quality import evaluate
 from kfac_prune.stream import BlockStack, begun_at, block_of
 
 #: A measured loss below this fraction of the predicted one is taken for noise of a small sample.
@@ -72,9 +72,8 @@ class Probe:
                 self._streams.append([stack.keep(stack.run(block, i, x)) for i, x in enumerate(self._streams[-1])])
         self._outputs: list[Tensor] | None = []  # rows of every batch
         with torch.inference_mode():
-            for index, batch in enumerate(windows.batches(batch_size)):
-                with self._begun(len(stack.names) - 1, index):
-                    self._outputs.append(compared(model, batch, objective))
+            for index, stream in enumerate(self._streams[-1]):
+                self._outputs.append(stack.compared(objective, len(stack.names) - 1, index, stream))
                 if self._outputs[0].nbytes * len(self._batches) > KEPT_BYTES:
                     self._outputs = None
                     break
