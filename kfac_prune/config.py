@@ -20,7 +20,7 @@ METHODS = ("kfac", "layerwise", "obd", "magnitude", *SEQUENCE_METHODS, *BASELINE
 #: Added to each curvature factor, as a fraction of its mean diagonal, where the recipe leaves it open.
 DAMPING, STRUCTURED_DAMPING = 0.03, 0.001
 #: Epochs of the reconstruction, where the recipe leaves them open and there are windows enough.
-RECONSTRUCT = 8
+RECONSTRUCT = 6
 KINDS = ("ffn", "heads")
 #: What each method can allocate by. Loss curves there are for G ⊗ A alone; global thresholds where the curvature is an
 #: estimate of the Fisher (or, for magnitude, by custom).
@@ -153,7 +153,7 @@ class Recipe:
     reconstruct: int | None = option(
         None,
         "epochs over the calibration windows in which the weights left in each block learn to bring its output back to "
-        "the dense model's, one block at a time; 0 = off; default: 8 for kfac and layerwise from 16 windows on, unless "
+        "the dense model's, one block at a time; 0 = off; default: 6 for kfac and layerwise from 16 windows on, unless "
         "there is --refit; else 0",
     )
     reconstruct_unit: str = option(

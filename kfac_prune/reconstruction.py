@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kfac_prune import ranks
-from kfac_prune.block_training import HELD_OUT, BlockTraining, Reconstructed, Reconstruction, Teacher
+from kfac_prune.block_training import BlockTraining, Reconstructed, Reconstruction, Teacher
 from kfac_prune.curvature.factors import Factors
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
@@ -34,11 +34,13 @@ from kfac_prune.sublayers import Unit, sublayers
 
 #: Tokens per step, in whole windows. Of 2048, 1024 and 512 the smallest was best for the same number of epochs.
 STEP_TOKENS = 512
+#: Steps per epoch, where so little text is given that it would be fewer; then a step takes fewer windows.
+STEPS = 64
 
 
 def step_windows(windows: Windows) -> int:
-    """Windows per step, so few that a tenth of the steps can be held out."""
-    return max(min(STEP_TOKENS // windows.input_ids.shape[1], len(windows) // HELD_OUT), 1)
+    """Windows per step."""
+    return max(min(STEP_TOKENS // windows.input_ids.shape[1], len(windows) // STEPS), 1)
 
 
 def own_steps(windows: Windows) -> tuple[Windows, int]:

@@ -253,9 +253,9 @@ class TestShares:
         from kfac_prune.reconstruction import own_steps
 
         windows = Windows(torch.arange(40 * 64).reshape(40, 64))
-        own, size = own_steps(windows)  # 4 windows a step would be held out; 6 is the next that 3 processes share
-        assert (len(own), size) == (12, 2)
-        assert own.input_ids[:, 0].tolist() == [64 * row for row in range(1, 36, 3)]
+        own, size = own_steps(windows)  # one window each makes 13 steps, and one is left over
+        assert (len(own), size) == (13, 1)
+        assert own.input_ids[:, 0].tolist() == [64 * row for row in range(1, 39, 3)]
 
     def test_too_few_windows_for_the_processes(self, three):
         from kfac_prune.reconstruction import own_steps

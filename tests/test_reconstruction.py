@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from conftest import build, random_windows
@@ -14,7 +16,7 @@ from kfac_prune.obs import NM
 from kfac_prune.operators import Damping
 from kfac_prune.plan import make_plan, prune
 from kfac_prune.quality import evaluate
-from kfac_prune.reconstruction import metrics, reconstruct
+from kfac_prune.reconstruction import metrics, reconstruct, step_windows
 from kfac_prune.stream import BlockStack, find_writers, observed
 from kfac_prune.structure.prune import Settings, prune_structured, weights_target
 from kfac_prune.structure.repair import reconstruct_smaller
@@ -147,7 +149,8 @@ def test_a_linear_sub_block_reaches_least_squares(make_model, make_windows):
 
 
 def test_a_rate_that_diverges_changes_nothing(make_model, make_windows, monkeypatch):
-    monkeypatch.setattr(block_training, "RATES", (1e300, 1e299))
+    monkeypatch.setattr(block_training, "RATE", 1e300)
+    monkeypatch.setattr(block_training, "LOWEST", 2e299)
     job = Job(make_model("llama"), make_windows(count=24, length=8))
     before = job.tensors()
     records = job.run(epochs=1)
@@ -155,42 +158,54 @@ def test_a_rate_that_diverges_changes_nothing(make_model, make_windows, monkeypa
     assert all(torch.equal(tensor, before[name]) for name, tensor in job.tensors().items())
 
 
-@pytest.mark.parametrize("rates", [(1e300, 0.02), (0.02, 0.005)], ids=["diverges", "helps"])
-def test_the_first_block_finds_the_rate_for_all(rates, make_model, make_windows, monkeypatch):
+@pytest.mark.parametrize("first", [0.02, 1e4], ids=["helps", "diverges"])
+def test_the_first_block_finds_the_rate_for_all(first, make_model, make_windows, monkeypatch):
     tried, trained = [], block_training.BlockTraining._trained
 
-    def observed_training(self, rate, before, settings):
-        loss, state = trained(self, rate, before, settings)
-        tried.append((self.part.name, rate, loss))
+    def observed_training(self, rate, start, before, settings):
+        loss, state = trained(self, rate, start, before, settings)
+        tried.append((self.part.name, rate, settings.epochs, loss))
         return loss, state
 
     monkeypatch.setattr(block_training.BlockTraining, "_trained", observed_training)
-    monkeypatch.setattr(block_training, "RATES", rates)
+    monkeypatch.setattr(block_training, "RATE", first)
     records = Job(make_model("llama"), make_windows(count=64, length=8)).run(epochs=2)
-    assert [rate for _, rate, _ in tried[:2]] == list(rates)
-    best, loss = min(((rate, loss) for _, rate, loss in tried[:2]), key=lambda one: one[1])
-    assert (records[0].learning_rate, records[0].after) == (best, loss)
+    trials = [(rate, loss) for _, rate, epochs, loss in tried if epochs == 1]
+    assert [rate for rate, _ in trials] == [first / 2**i for i in range(len(trials))]
+    losses = [loss for _, loss in trials if loss < math.inf]
+    assert losses[-1] >= losses[-2] == min(losses)  # the first that brings no more ends the search
+    best = trials[-2][0]
     assert best < 1
-    assert [(name, rate) for name, rate, _ in tried[2:]] == [(r.name, best) for r in records[1:]]
+    whole = tried[len(trials) :]
+    assert [(name, rate, epochs) for name, rate, epochs, _ in whole] == [(r.name, best, 2) for r in records]
+    assert [(r.learning_rate, r.after) for r in records] == [(best, loss) for *_, loss in whole]
 
 
 def test_a_block_that_is_hard_to_help_lowers_the_rate_for_itself_alone(make_model, make_windows, monkeypatch):
-    tried, ends = [], ["first", "hard", "third", "last"]
+    tried, names = [], {}
+    factors = {
+        "first": {(0.02, 1): 0.9, (0.01, 1): 0.8, (0.005, 1): 0.85, (0.01, 4): 0.5},
+        "hard": {(0.01, 4): 1.2, (0.005, 1): 1.1, (0.0025, 1): 1.05, (0.00125, 1): 1.07, (0.0025, 4): 0.9},
+        "hopeless": {(0.01, 4): 1.2, (0.005, 1): 1.3, (0.0025, 1): 1.4, (0.005, 4): 1.0},
+        "last": {(0.01, 4): 0.8},
+    }
 
-    def stands_in(self, rate, before, settings):
-        if not tried or tried[-1][0] is not self:
-            ends.append(ends.pop(0))
-        tried.append((self, rate, ends[-1]))
-        factors = {"first": {0.02: 0.9, 0.005: 0.5}, "hard": {0.005: 1.2, 0.00125: 0.9}}
-        return factors.get(ends[-1], {}).get(rate, 0.8) * before, [p.data for p in self.parameters]
+    def stands_in(self, rate, start, before, settings):
+        name = names.setdefault(self, list(factors)[len(names)])
+        tried.append((name, rate, settings.epochs))
+        return factors[name][rate, settings.epochs] * before, [torch.full_like(p, rate) for p in start]
 
     monkeypatch.setattr(block_training.BlockTraining, "_trained", stands_in)
-    records = Job(make_model("llama"), make_windows(count=24, length=8)).run(unit="sublayer")
-    assert [(name, rate) for _, rate, name in tried] == [
-        ("first", 0.02), ("first", 0.005), ("hard", 0.005), ("hard", 0.00125), ("third", 0.005), ("last", 0.005),
-    ]  # fmt: skip
-    assert [record.learning_rate for record in records] == [0.005, 0.00125, 0.005, 0.005]
-    assert [record.after / record.before for record in records] == pytest.approx([0.5, 0.9, 0.8, 0.8])
+    job = Job(make_model("llama"), make_windows(count=24, length=8))
+    weights = job.tensors()
+    records = job.run(unit="sublayer", epochs=4)
+    assert tried == [(name, *how) for name, hows in factors.items() for how in hows]
+    assert [record.learning_rate for record in records] == [0.01, 0.0025, 0.0, 0.01]
+    assert [record.after / record.before for record in records] == pytest.approx([0.5, 0.9, 1.0, 0.8])
+    for name, kept in (("0.mlp.up_proj", 0.0025), ("0.self_attn.v_proj", 0.01), ("1.mlp.up_proj", 0.01)):
+        assert bool((job.tensors()[f"model.layers.{name}.weight"] == kept).all())
+    hopeless = "model.layers.1.self_attn.v_proj.weight"
+    assert torch.equal(job.tensors()[hopeless], weights[hopeless])
 
 
 def test_a_block_that_lost_nothing_is_left_as_it_is(make_model, make_windows):
@@ -205,6 +220,14 @@ def test_a_block_that_lost_nothing_is_left_as_it_is(make_model, make_windows):
     assert second.after < second.before
     same = [name for name, tensor in job.tensors().items() if torch.equal(tensor, before[name])]
     assert {name for name in before if name.startswith("model.layers.0.")} <= set(same)
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "windows"),
+    [(128, 256, 2), (128, 48, 2), (64, 256, 1), (512, 64, 8), (128, 2048, 1), (16, 32, 1)],
+)
+def test_steps_are_small_and_many(count, length, windows):
+    assert step_windows(Windows(torch.zeros(count, length, dtype=torch.int64))) == windows
 
 
 def test_one_batch_is_too_few(make_model, make_windows):

@@ -25,6 +25,8 @@ LOAD_CALLS, SAVE_CALLS = 5e4, 1e4
 RUNNING_TEXT_BYTES, DOCUMENTS_BYTES = 165, 25
 #: Bytes of main memory that torch takes for itself once a model has run forward and backward.
 TORCH_BYTES = 2.5e8
+#: Epochs in which the first block of a reconstruction tries learning rates, two to five.
+TRIALS = 3
 #: Sizes of the output in float32 that a pass holds at once, with gradient or with what is compared.
 OUTPUTS_BACKWARD, OUTPUTS_COMPARED = 3, 4
 
@@ -340,7 +342,7 @@ def _reconstruct(s: Setting) -> Stage:
     size = step_windows(s.windows)
     steps = -(-recipe.samples // size)
     held = max(steps // HELD_OUT, 1)
-    again = 1 + 1 / dry.count  # the first block tries another learning rate
+    again = 1 + TRIALS / (recipe.reconstruct * dry.count)  # epochs in which the first block tries learning rates
     train, look = (steps - held) * recipe.reconstruct, held * (recipe.reconstruct + 1)
     step = dry.step(size, recipe.seqlen)
     work = step.head_train * train + step.head_forward * look
