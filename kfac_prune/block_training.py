@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from kfac_prune import ranks
 from kfac_prune.errors import InputError
+from kfac_prune.masked_training import MaskedParameters, mean_everywhere
 from kfac_prune.memory import arriving
 from kfac_prune.models import only_trained
 from kfac_prune.objective import CAUSAL, Objective
@@ -117,10 +117,7 @@ class Teacher:
 class BlockTraining:
     """The training of one block or sub-layer.
 
-    Its objective is ``½ E[δᵀ G δ]`` or, with a teacher, the KL of the model's outputs. Weights that are pruned have no
-    gradient, so Adam leaves them at zero. Steps are taken on float32 copies, in units of the root mean square of a
-    layer's kept weights; the forward pass uses them as the model's dtype rounds them, so what is measured is what is
-    kept.
+    Its objective is ``½ E[δᵀ G δ]`` or, with a teacher, the KL of the model's outputs.
     """
 
     def __init__(
@@ -135,30 +132,16 @@ class BlockTraining:
         self.part, self._stack, self._index, self._stream, self._teacher = part, stack, index, stream, teacher
         first = len(stream) - max(len(stream) // HELD_OUT, 1)
         self._train, self._held = range(first), range(first, len(stream))
-        self.parameters: list[nn.Parameter] = []
-        self._masks: list[Tensor | None] = []
-        self._scales: list[float] = []
-        sizes = [_size(layer.weight) for layer in part.trained]
-        for layer, size in zip(part.trained, sizes, strict=True):
-            for parameter in layer.parameters():
-                self._scales.append(size or max(sizes) or 1.0)  # of layers without weights biases learn
-                mask = masks.get(layer.name) if parameter.ndim > 1 else None
-                self.parameters.append(parameter)
-                self._masks.append(None if mask is None else layer.stored(mask).to(parameter.device))
-        self._metric = part.metric.to(self.parameters[0].device)
-
-    def assign(self, values: Sequence[Tensor]) -> None:
-        """Replace the trained parameters; the tensors that they had are not written to."""
-        for parameter, value in zip(self.parameters, values, strict=True):
-            parameter.data = value
+        self.trained = MaskedParameters(part.trained, masks)
+        self._metric = part.metric.to(self.trained.parameters[0].device)
 
     def state(self) -> dict[str, Tensor]:
         """The trained parameters by their number."""
-        return {str(i): p.data for i, p in enumerate(self.parameters)}
+        return {str(i): value for i, value in enumerate(self.trained.values())}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take over what ``state`` gave."""
-        self.assign([state[str(i)].to(p.device) for i, p in enumerate(self.parameters)])
+        self.trained.assign([state[str(i)].to(p.device) for i, p in enumerate(self.trained.parameters)])
 
     def solve(self, rate: float | None, settings: Reconstruction) -> Reconstructed:
         """Train at a rate, or at one that is searched first; keep the state that is best where held out.
@@ -166,7 +149,7 @@ class BlockTraining:
         A block that its rate does not help searches a lower one, for itself.
         """
         begin = time.perf_counter()
-        start = [p.data for p in self.parameters]
+        start = self.trained.values()
         before = self._objective()
         if not math.isfinite(before):
             what = "KL(dense‖pruned)" if self._teacher else "the residual stream"
@@ -185,7 +168,7 @@ class BlockTraining:
         if not loss < before:
             logger.info("reconstruct: %s: nor does one of %.3g; its weights stay", self.part.name, rate)
             loss, kept, rate = before, start, 0.0
-        self.assign(kept)
+        self.trained.assign(kept)
         return Reconstructed(self.part.name, before, loss, rate, time.perf_counter() - begin)
 
     def _search(self, rate: float, start: list[Tensor], before: float, settings: Reconstruction) -> float:
@@ -203,51 +186,33 @@ class BlockTraining:
         self, rate: float, start: list[Tensor], before: float, settings: Reconstruction
     ) -> tuple[float, list[Tensor]]:
         """The lowest held-out objective of one training, and the weights that gave it; given up where it diverges."""
-        self.assign(start)
-        masters = [(p.data.float() / s).contiguous() for p, s in zip(self.parameters, self._scales, strict=True)]
-        optimizer = torch.optim.Adam(masters, lr=rate, betas=(0.9, 0.95), fused=True)
+        self.trained.assign(start)
+        copies = self.trained.copies()
+        optimizer = torch.optim.Adam(copies, lr=rate, betas=(0.9, 0.95), fused=True)
         steps = settings.epochs * len(self._train)
         schedule = LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
         generator = torch.Generator().manual_seed(settings.seed)
         best, kept = math.inf, start
-        with only_trained(self._stack.model, self.parameters):
+        with only_trained(self._stack.model, self.trained.parameters):
             for _ in range(settings.epochs):
                 for batch in self._arriving(torch.randperm(len(self._train), generator=generator).tolist()):
-                    self._gradient(batch, masters)
+                    with approximately(self.part.trained):
+                        self.trained.differentiate(*self._loss(batch), copies)
                     optimizer.step()
                     schedule.step()
-                    self.assign([(m * s).to(p.dtype) for m, s, p in zip(masters, self._scales, start, strict=True)])
+                    self.trained.take_over(copies)
                 now = self._objective()
                 if now < best:
-                    best, kept = now, [p.data for p in self.parameters]
+                    best, kept = now, self.trained.values()
                 if not now < 2 * before:  # diverges
                     break
         return best, kept
-
-    def _gradient(self, batch: _Batch, masters: Sequence[Tensor]) -> None:
-        """Leave the gradient of one step's objective, zero off the masks, with the float32 copies."""
-        with approximately(self.part.trained):
-            total, tokens = self._loss(batch)
-            # an expert that no token of the batch reaches has no gradient
-            gradients = torch.autograd.grad(total, self.parameters, allow_unused=True, materialize_grads=True)
-        (everywhere,) = ranks.summed(total.new_tensor(tokens))
-        for master, gradient, mask in zip(masters, ranks.summed(*gradients), self._masks, strict=True):
-            gradient = gradient.float() / everywhere.clamp_min(1)
-            gradient = gradient if mask is None else gradient * mask
-            master.grad = gradient.contiguous()  # fused Adam takes both for laid out alike
 
     def _objective(self) -> float:
         """Held-out objective, nats per token, or per unit with a teacher."""
         with torch.no_grad():
             sums = [(float(total), tokens) for total, tokens in map(self._loss, self._arriving(self._held))]
-        both = torch.tensor(sums, dtype=torch.float64, device=self._metric.device).sum(0)
-        total, tokens = ranks.summed(both)[0].tolist()
-        if not tokens:
-            raise InputError(
-                "no position of the calibration windows that are held out for the reconstruction counts (a causal "
-                "model's need a next token); use longer text, more --samples, or --reconstruct 0"
-            )
-        return float(total / tokens)
+        return mean_everywhere(sums, self._metric.device)
 
     def _arriving(self, numbers: Sequence[int]) -> Iterator[_Batch]:
         """Batches by their numbers, the next one on its way while one is worked on."""
@@ -272,8 +237,3 @@ class BlockTraining:
         if mask is not None:
             delta = delta[mask.reshape(-1)]
         return 0.5 * ((delta @ self._metric.float()) * delta).sum(), len(delta)
-
-
-def _size(weight: Tensor) -> float:
-    """Root mean square of the entries that are not zero."""
-    return float(weight.float().norm() / weight.count_nonzero().clamp_min(1).sqrt())

@@ -197,7 +197,7 @@ def _journaled(
     if kept is not None:
         if finished is not None:
             problem.restore(finished[0])
-        problem.assign([ranks.sent(p.data) for p in problem.parameters])
+        problem.trained.assign([ranks.sent(value) for value in problem.trained.values()])
         return Reconstructed(**kept)
     record = problem.solve(rate, settings)
     if journal is not None:

@@ -10,21 +10,22 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from kfac_prune import ranks
 from kfac_prune.block_training import HELD_OUT
 from kfac_prune.data import WindowBatch, Windows
 from kfac_prune.errors import InputError
+from kfac_prune.masked_training import MaskedParameters, mean_everywhere
 from kfac_prune.models import Layer, only_trained
 from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.quality import compared
@@ -32,8 +33,11 @@ from kfac_prune.reconstruction import step_windows
 
 logger = logging.getLogger("kfac_prune")
 
-#: Adam's learning rate at the first step; it falls to zero on a cosine.
-RATE = 3e-4
+#: Adam's learning rate at the first step, per root mean square of a layer's kept weights; it falls to zero on a cosine.
+#: Where the first epoch does not lower the held-out KL, training starts again with half of it.
+RATE = 0.01
+#: The lowest that is tried.
+LOWEST = RATE / 2**6
 #: Training stops after so many epochs without a new best.
 PATIENCE = 2
 
@@ -45,8 +49,10 @@ class Recovered:
     Attributes:
         before: held-out KL at the start, nats per unit of the objective.
         after: with the weights that were kept; never more.
-        epochs: passes over the windows that were made.
-        best_epoch: the one whose end gave the kept weights; 0 where the start was best.
+        epochs: passes over the windows that were made, at all learning rates.
+        best_epoch: of the last learning rate, the one whose end gave the kept weights; 0 where the start was best.
+        learning_rate: that the kept weights were found with, per root mean square of a layer's kept weights; 0 where
+            the start was best.
         seconds: spent.
     """
 
@@ -54,6 +60,7 @@ class Recovered:
     after: float
     epochs: int
     best_epoch: int
+    learning_rate: float
     seconds: float
 
 
@@ -79,7 +86,7 @@ def recover(
         layers: of it, whose weights and biases are trained. Where ``dense`` is a context, only such as it swaps.
         windows: calibration tokens [N, T]; masked positions are left out.
         dense: another model, or a context in which ``model`` itself is dense (``WeightSwap.swapped_in``).
-        epochs: passes over the windows, at most.
+        epochs: passes over the windows, at most, after the learning rate has been found.
         masks: [out, in] per layer by name, True = kept; layers without one keep every weight.
         objective: what the model computes.
         seed: of the order of the windows.
@@ -109,35 +116,53 @@ def recover(
             "KL(dense‖pruned) is not finite on the calibration text; try --dtype float32 or bfloat16, or "
             "--recover-epochs 0"
         )
-    kept, best_epoch, epoch = problem.state(), 0, 0
-    masters = [p.data.float().clone() for p in problem.parameters]
-    optimizer = accelerator.prepare(torch.optim.Adam(masters, lr=RATE, betas=(0.9, 0.95), fused=True))
-    generator = torch.Generator().manual_seed(seed)
+    start = kept = problem.trained.values()
     per_epoch = len(train) // size  # the few windows over change with every epoch
-    step, steps = 0, epochs * per_epoch
-    with tqdm(total=steps, desc="recover", unit="step", disable=quiet) as bar, only_trained(model, problem.parameters):
-        while epoch < epochs and epoch - best_epoch < PATIENCE and before > 0:
+    best_epoch, passes, rate = 0, 0, RATE
+
+    def trained(rate: float, bar: Any) -> Iterator[float]:
+        """Train from the start at a rate; the held-out KL after every epoch."""
+        problem.trained.assign(start)
+        accelerator.free_memory()  # of the optimizer of a rate before
+        copies = problem.trained.copies()
+        optimizer = accelerator.prepare(torch.optim.Adam(copies, lr=rate, betas=(0.9, 0.95), fused=True))
+        generator = torch.Generator().manual_seed(seed)
+        step, steps = 0, epochs * per_epoch
+        for _ in range(epochs):
             order = torch.randperm(len(train), generator=generator)[: per_epoch * size].tolist()
             shared = TensorDataset(torch.arange(len(train)))
             for (rows,) in accelerator.prepare(DataLoader(shared, size, sampler=order, generator=generator)):
-                optimizer.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
+                optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
                 step += 1
-                loss = problem.gradient(_chosen(train, rows), masters)
+                loss = problem.gradient(_chosen(train, rows), copies)
                 optimizer.step()
-                problem.assign([m.to(p.dtype, copy=True) for m, p in zip(masters, problem.parameters, strict=True)])
+                problem.trained.take_over(copies)
                 bar.set_postfix_str(f"KL {loss:.4f}, held out {best:.4f}", refresh=False)
                 bar.update(1)
-            epoch += 1
-            now = problem.kl(mine)
-            if now < best:
-                best, kept, best_epoch = now, problem.state(), epoch
-            if not now < 2 * before:  # diverges
+            yield problem.kl(mine)
+
+    with (
+        tqdm(total=epochs * per_epoch, desc="recover", unit="step", disable=quiet) as bar,
+        only_trained(model, problem.trained.parameters),
+    ):
+        while before > 0:
+            bar.reset()
+            for epoch, now in enumerate(trained(rate, bar), 1):
+                passes += 1
+                if now < best:
+                    best, kept, best_epoch = now, problem.trained.values(), epoch
+                if not best_epoch or epoch - best_epoch >= PATIENCE or not now < 2 * before:
+                    break
+            if best_epoch or rate / 2 < LOWEST:
                 break
-    problem.assign(kept)
+            rate /= 2
+            logger.info("recovery: the first epoch does not lower the held-out KL; learning rate %.3g", rate)
+    problem.trained.assign(kept)
     accelerator.free_memory()
-    if best_epoch == 0 and epoch:
-        logger.warning("recovery: no epoch lowered the held-out KL %.4g; the model is left as it was", before)
-    return Recovered(before, best, epoch, best_epoch, time.perf_counter() - begin)
+    if best_epoch == 0 and passes:
+        logger.warning("recovery: no learning rate lowered the held-out KL %.4g; the model is left as it was", before)
+    chosen = rate if best_epoch else 0.0
+    return Recovered(before, best, passes, best_epoch, chosen, time.perf_counter() - begin)
 
 
 def _chosen(windows: Windows, rows: Tensor) -> WindowBatch:
@@ -147,11 +172,7 @@ def _chosen(windows: Windows, rows: Tensor) -> WindowBatch:
 
 
 class _Distillation:
-    """The pruned model beside the dense one, and the parameters to train.
-
-    Weights that are pruned have no gradient, so Adam leaves them at zero. Steps are taken on float32 copies; the
-    forward pass uses them as the model's dtype rounds them, so what is measured is what is kept.
-    """
+    """The pruned model beside the dense one, and the parameters to train."""
 
     def __init__(
         self,
@@ -162,41 +183,17 @@ class _Distillation:
         objective: Objective,
     ) -> None:
         self._model, self._dense, self._objective = model, dense, objective
-        self.parameters: list[nn.Parameter] = []
-        self._masks: list[Tensor | None] = []
-        for layer in layers:
-            for parameter in layer.parameters():
-                mask = masks.get(layer.name) if parameter.ndim > 1 else None
-                self.parameters.append(parameter)
-                self._masks.append(None if mask is None else layer.stored(mask).to(parameter.device))
-
-    def assign(self, values: Sequence[Tensor]) -> None:
-        """Replace the trained parameters; the tensors that they had are not written to."""
-        for parameter, value in zip(self.parameters, values, strict=True):
-            parameter.data = value
-
-    def state(self) -> list[Tensor]:
-        """The trained parameters, which ``assign`` takes."""
-        return [p.data for p in self.parameters]
+        self.trained = MaskedParameters(layers, masks)
 
     def kl(self, batches: Sequence[WindowBatch]) -> float:
         """Mean divergence over the batches of all processes, nats per unit."""
         with torch.no_grad():
             sums = [(float(total), units) for total, units in map(self._divergence, batches)]
-        both = torch.tensor([(0.0, 0), *sums], dtype=torch.float64, device=self._model.device).sum(0)
-        total, units = ranks.summed(both)[0].tolist()
-        return float(total / units) if units else math.nan
+        return mean_everywhere(sums, self._model.device)
 
-    def gradient(self, batch: WindowBatch, masters: Sequence[Tensor]) -> float:
-        """Leave the gradient of the mean KL, zero off the masks, with the float32 copies; returns that KL."""
-        total, units = self._divergence(batch)
-        # an expert that no token of the batch reaches has no gradient
-        found = torch.autograd.grad(total, self.parameters, allow_unused=True, materialize_grads=True)
-        kl, everywhere = ranks.summed(torch.stack([total.detach(), total.new_tensor(units)]))[0].unbind()
-        for master, gradient, mask in zip(masters, ranks.summed(*found), self._masks, strict=True):
-            gradient = gradient.float() / everywhere.clamp_min(1)
-            master.grad = gradient if mask is None else gradient * mask
-        return float(kl / everywhere.clamp_min(1))
+    def gradient(self, batch: WindowBatch, copies: Sequence[Tensor]) -> float:
+        """Leave the gradient of the mean KL with the copies of the parameters; returns that KL."""
+        return float(self.trained.differentiate(*self._divergence(batch), copies))
 
     def _divergence(self, batch: WindowBatch) -> tuple[Tensor, int]:
         """Σ KL(dense‖model) over a batch's units, and their number."""

@@ -23,7 +23,7 @@ LAYERS = (
     ("backend",),
     ("config", "linalg", "data", "store", "pruned_model", "experts"),
     ("models", "fisher", "protocol", "recipe_file"),
-    ("objective", "products"),
+    ("objective", "products", "masked_training"),
     ("quality",),
     ("operators", "stream", "export", "offload"),
     ("obs", "curvature"),

@@ -78,6 +78,7 @@ def test_the_same_seed_gives_the_same_bytes(make_model, make_windows, dtype):
 
 def test_a_rate_that_diverges_changes_nothing(make_model, make_windows, monkeypatch, caplog):
     monkeypatch.setattr(recovery, "RATE", 1e6)
+    monkeypatch.setattr(recovery, "LOWEST", 2e5)
     job = Job(make_model("llama"))
     before = job.tensors()
     record = job.run(make_windows(count=24, length=8))
@@ -93,6 +94,18 @@ def test_training_stops_when_held_out_windows_gain_no_more(make_model, make_wind
     monkeypatch.setattr(recovery._Distillation, "kl", lambda *_: next(values))
     record = job.run(make_windows(count=20, length=6), epochs=9)
     assert (record.epochs, record.best_epoch, record.after) == (4, 2, 0.8)
+
+
+def test_a_rate_that_is_too_high_is_halved_from_the_start(make_model, make_windows, monkeypatch):
+    first, job = recovery.RATE, Job(make_model("llama"))
+    values = iter([1.0, 1.2, 1.1, 0.9, 0.8])
+    monkeypatch.setattr(recovery._Distillation, "kl", lambda *_: next(values))
+    record = job.run(make_windows(count=20, length=6))
+    assert (record.epochs, record.best_epoch, record.after, record.learning_rate) == (4, 2, 0.8, first / 4)
+    monkeypatch.setattr(recovery, "RATE", first / 4)
+    values, direct = iter([1.0, 0.9, 0.8]), Job(make_model("llama"))
+    direct.run(make_windows(count=20, length=6))
+    assert all(torch.equal(tensor, direct.tensors()[name]) for name, tensor in job.tensors().items())
 
 
 def test_masked_positions_do_not_count(make_model, make_windows):
