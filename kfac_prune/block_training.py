@@ -28,8 +28,8 @@ logger = logging.getLogger("kfac_prune")
 #: One batch in so many is held out: no step is taken on it, and it decides which state is kept.
 HELD_OUT = 10
 #: Adam's learning rate at the first step, per root mean square of a layer's kept weights; it falls to zero on a cosine.
-#: The first block tries this one in one epoch each, then half of it and so on while that brings more, and the blocks
-#: behind it take over what it has found. Deciding by whole trainings instead changes losses by about a hundredth.
+#: The first block tries this one in one epoch each, then half of it and so on while that brings more; all blocks then
+#: learn at twice the best, this one at most, since a whole training averages out the noise that one epoch leaves.
 RATE = 0.02
 #: The lowest that is tried.
 LOWEST = RATE / 2**7
@@ -172,15 +172,15 @@ class BlockTraining:
         return Reconstructed(self.part.name, before, loss, rate, time.perf_counter() - begin)
 
     def _search(self, rate: float, start: list[Tensor], before: float, settings: Reconstruction) -> float:
-        """The best learning rate of this one, half of it, and so on, in trials of one epoch; the first minimum."""
-        best, found = math.inf, rate
+        """Twice the best learning rate of this one, half of it, and so on, in trials of one epoch; this one at most."""
+        best, found, most = math.inf, rate, rate
         while rate >= LOWEST:
             loss, _ = self._trained(rate, start, before, replace(settings, epochs=1))
             if math.isfinite(best) and not loss < best:
                 break
             best, found = loss, rate
             rate /= 2
-        return found
+        return min(2 * found, most)
 
     def _trained(
         self, rate: float, start: list[Tensor], before: float, settings: Reconstruction

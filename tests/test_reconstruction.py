@@ -174,7 +174,7 @@ def test_the_first_block_finds_the_rate_for_all(first, make_model, make_windows,
     assert [rate for rate, _ in trials] == [first / 2**i for i in range(len(trials))]
     losses = [loss for _, loss in trials if loss < math.inf]
     assert losses[-1] >= losses[-2] == min(losses)  # the first that brings no more ends the search
-    best = trials[-2][0]
+    best = min(2 * trials[-2][0], first)
     assert best < 1
     whole = tried[len(trials) :]
     assert [(name, rate, epochs) for name, rate, epochs, _ in whole] == [(r.name, best, 2) for r in records]
@@ -184,8 +184,15 @@ def test_the_first_block_finds_the_rate_for_all(first, make_model, make_windows,
 def test_a_block_that_is_hard_to_help_lowers_the_rate_for_itself_alone(make_model, make_windows, monkeypatch):
     tried, names = [], {}
     factors = {
-        "first": {(0.02, 1): 0.9, (0.01, 1): 0.8, (0.005, 1): 0.85, (0.01, 4): 0.5},
-        "hard": {(0.01, 4): 1.2, (0.005, 1): 1.1, (0.0025, 1): 1.05, (0.00125, 1): 1.07, (0.0025, 4): 0.9},
+        "first": {(0.02, 1): 0.9, (0.01, 1): 0.8, (0.005, 1): 0.7, (0.0025, 1): 0.75, (0.01, 4): 0.5},
+        "hard": {
+            (0.01, 4): 1.2,
+            (0.005, 1): 1.3,
+            (0.0025, 1): 1.1,
+            (0.00125, 1): 1.05,
+            (0.000625, 1): 1.07,
+            (0.0025, 4): 0.9,
+        },
         "hopeless": {(0.01, 4): 1.2, (0.005, 1): 1.3, (0.0025, 1): 1.4, (0.005, 4): 1.0},
         "last": {(0.01, 4): 0.8},
     }
