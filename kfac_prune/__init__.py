@@ -7,7 +7,7 @@
     plan = make_plan(layers, factors, sparsity=0.5, probe=Probe.on(model, windows))  # nothing has changed yet
     print(plan.table())
     dense = prune(layers, plan)                          # in place
-    reconstruct_sparse(model, plan, factors, windows, dense.swapped_in, Reconstruction(epochs=8))
+    reconstruct_sparse(model, plan, factors, windows, dense.swapped_in, Reconstruction(epochs=6))
     save_model(model, tokenizer, Path("pruned"))
 
 ``run(Recipe(model=..., data=..., out=...))`` is all of it with measurement, as the command line does it.

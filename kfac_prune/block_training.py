@@ -132,16 +132,16 @@ class BlockTraining:
         self.part, self._stack, self._index, self._stream, self._teacher = part, stack, index, stream, teacher
         first = len(stream) - max(len(stream) // HELD_OUT, 1)
         self._train, self._held = range(first), range(first, len(stream))
-        self.trained = MaskedParameters(part.trained, masks)
-        self._metric = part.metric.to(self.trained.parameters[0].device)
+        self.weights = MaskedParameters(part.trained, masks)
+        self._metric = part.metric.to(self.weights.parameters[0].device)
 
     def state(self) -> dict[str, Tensor]:
         """The trained parameters by their number."""
-        return {str(i): value for i, value in enumerate(self.trained.values())}
+        return {str(i): value for i, value in enumerate(self.weights.values())}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take over what ``state`` gave."""
-        self.trained.assign([state[str(i)].to(p.device) for i, p in enumerate(self.trained.parameters)])
+        self.weights.assign([state[str(i)].to(p.device) for i, p in enumerate(self.weights.parameters)])
 
     def solve(self, rate: float | None, settings: Reconstruction) -> Reconstructed:
         """Train at a rate, or at one that is searched first; keep the state that is best where held out.
@@ -149,7 +149,7 @@ class BlockTraining:
         A block that its rate does not help searches a lower one, for itself.
         """
         begin = time.perf_counter()
-        start = self.trained.values()
+        start = self.weights.values()
         before = self._objective()
         if not math.isfinite(before):
             what = "KL(dense‖pruned)" if self._teacher else "the residual stream"
@@ -157,53 +157,45 @@ class BlockTraining:
                 f"{what} after {self.part.name} is not finite on the calibration text; "
                 "try --dtype float32 or bfloat16, or --reconstruct 0"
             )
-        if before <= LEAST:
-            return Reconstructed(self.part.name, before, before, 0.0, time.perf_counter() - begin)
-        rate = rate or self._search(RATE, start, before, settings)
-        loss, kept = self._trained(rate, start, before, settings)
-        if not loss < before:
-            logger.info("reconstruct: %s: a learning rate of %.3g does not help", self.part.name, rate)
-            rate = self._search(rate / 2, start, before, settings)
-            loss, kept = self._trained(rate, start, before, settings)
-        if not loss < before:
-            logger.info("reconstruct: %s: nor does one of %.3g; its weights stay", self.part.name, rate)
-            loss, kept, rate = before, start, 0.0
-        self.trained.assign(kept)
-        return Reconstructed(self.part.name, before, loss, rate, time.perf_counter() - begin)
+        loss, kept, chosen = before, start, 0.0
 
-    def _search(self, rate: float, start: list[Tensor], before: float, settings: Reconstruction) -> float:
-        """Twice the best learning rate of this one, half of it, and so on, in trials of one epoch; this one at most."""
-        best, found, most = math.inf, rate, rate
-        while rate >= LOWEST:
-            loss, _ = self._trained(rate, start, before, replace(settings, epochs=1))
-            if math.isfinite(best) and not loss < best:
-                break
-            best, found = loss, rate
-            rate /= 2
-        return min(2 * found, most)
+        def attempt(rate: float, epochs: int) -> float:
+            nonlocal loss, kept, chosen
+            now, state = self._descend(rate, start, before, replace(settings, epochs=epochs))
+            if now < loss:
+                loss, kept, chosen = now, state, rate
+            return now
 
-    def _trained(
+        if before > LEAST:
+            rate = rate or _search(RATE, before, attempt)
+            if not attempt(rate, settings.epochs) < before:
+                logger.info("reconstruct: %s: a learning rate of %.3g does not help", self.part.name, rate)
+                attempt(_search(rate / 2, before, attempt), settings.epochs)
+        self.weights.assign(kept)
+        return Reconstructed(self.part.name, before, loss, chosen, time.perf_counter() - begin)
+
+    def _descend(
         self, rate: float, start: list[Tensor], before: float, settings: Reconstruction
     ) -> tuple[float, list[Tensor]]:
         """The lowest held-out objective of one training, and the weights that gave it; given up where it diverges."""
-        self.trained.assign(start)
-        copies = self.trained.copies()
+        self.weights.assign(start)
+        copies = self.weights.copies()
         optimizer = torch.optim.Adam(copies, lr=rate, betas=(0.9, 0.95), fused=True)
         steps = settings.epochs * len(self._train)
         schedule = LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
         generator = torch.Generator().manual_seed(settings.seed)
         best, kept = math.inf, start
-        with only_trained(self._stack.model, self.trained.parameters):
+        with only_trained(self._stack.model, self.weights.parameters):
             for _ in range(settings.epochs):
                 for batch in self._arriving(torch.randperm(len(self._train), generator=generator).tolist()):
                     with approximately(self.part.trained):
-                        self.trained.differentiate(*self._loss(batch), copies)
+                        self.weights.differentiate(*self._loss(batch), copies)
                     optimizer.step()
                     schedule.step()
-                    self.trained.take_over(copies)
+                    self.weights.take_over(copies)
                 now = self._objective()
                 if now < best:
-                    best, kept = now, self.trained.values()
+                    best, kept = now, self.weights.values()
                 if not now < 2 * before:  # diverges
                     break
         return best, kept
@@ -237,3 +229,19 @@ class BlockTraining:
         if mask is not None:
             delta = delta[mask.reshape(-1)]
         return 0.5 * ((delta @ self._metric.float()) * delta).sum(), len(delta)
+
+
+def _search(rate: float, before: float, attempt: Callable[[float, int], float]) -> float:
+    """Twice the best of this learning rate, half of it, and so on, in trials of one epoch; this one at most.
+
+    The search ends where a rate is no better than the one before it and that one has helped.
+    """
+    best, found, most = math.inf, rate, rate
+    while rate >= LOWEST:
+        now = attempt(rate, 1)
+        if best < before and not now < best:
+            break
+        if now < best:
+            best, found = now, rate
+        rate /= 2
+    return min(2 * found, most)

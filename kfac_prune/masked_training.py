@@ -17,7 +17,8 @@ class MaskedParameters:
 
     Weights that are pruned have no gradient, so Adam leaves them at zero. The copies are in units of the root mean
     square of a layer's kept weights, so that one learning rate suits all layers; the forward pass uses them as the
-    model's dtype rounds them, so what is measured is what is kept.
+    model's dtype rounds them, so what is measured is what is kept. (A float32 weight without gradient may change in its
+    last bit.)
 
     Args:
         layers: to train.
@@ -56,6 +57,8 @@ class MaskedParameters:
 
     def differentiate(self, total: Tensor, count: int, copies: Sequence[Tensor]) -> Tensor:
         """Leave the gradient of a mean with the copies, zero off the masks; returns the mean.
+
+        It is the gradient by the parameters; that by the copies is a multiple of it, which Adam does not see.
 
         Args:
             total: the sum of a loss over a batch, with a graph.

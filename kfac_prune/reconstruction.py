@@ -34,13 +34,14 @@ from kfac_prune.sublayers import Unit, sublayers
 
 #: Tokens per step, in whole windows. Of 2048, 1024 and 512 the smallest was best for the same number of epochs.
 STEP_TOKENS = 512
-#: Steps per epoch, where so little text is given that it would be fewer; then a step takes fewer windows.
-STEPS = 64
+#: Batches per epoch, those held out included, where so little text is given that they would be fewer; a step then takes
+#: fewer windows, one at least.
+BATCHES = 64
 
 
 def step_windows(windows: Windows) -> int:
     """Windows per step."""
-    return max(min(STEP_TOKENS // windows.input_ids.shape[1], len(windows) // STEPS), 1)
+    return max(min(STEP_TOKENS // windows.input_ids.shape[1], len(windows) // BATCHES), 1)
 
 
 def own_steps(windows: Windows) -> tuple[Windows, int]:
@@ -197,7 +198,7 @@ def _journaled(
     if kept is not None:
         if finished is not None:
             problem.restore(finished[0])
-        problem.trained.assign([ranks.sent(value) for value in problem.trained.values()])
+        problem.weights.assign([ranks.sent(value) for value in problem.weights.values()])
         return Reconstructed(**kept)
     record = problem.solve(rate, settings)
     if journal is not None:

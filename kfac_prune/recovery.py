@@ -50,7 +50,7 @@ class Recovered:
         before: held-out KL at the start, nats per unit of the objective.
         after: with the weights that were kept; never more.
         epochs: passes over the windows that were made, at all learning rates.
-        best_epoch: of the last learning rate, the one whose end gave the kept weights; 0 where the start was best.
+        best_epoch: at ``learning_rate``, the one whose end gave the kept weights; 0 where the start was best.
         learning_rate: that the kept weights were found with, per root mean square of a layer's kept weights; 0 where
             the start was best.
         seconds: spent.
@@ -86,7 +86,7 @@ def recover(
         layers: of it, whose weights and biases are trained. Where ``dense`` is a context, only such as it swaps.
         windows: calibration tokens [N, T]; masked positions are left out.
         dense: another model, or a context in which ``model`` itself is dense (``WeightSwap.swapped_in``).
-        epochs: passes over the windows, at most, after the learning rate has been found.
+        epochs: passes over the windows at the learning rate that helps, at most.
         masks: [out, in] per layer by name, True = kept; layers without one keep every weight.
         objective: what the model computes.
         seed: of the order of the windows.
@@ -116,15 +116,15 @@ def recover(
             "KL(dense‖pruned) is not finite on the calibration text; try --dtype float32 or bfloat16, or "
             "--recover-epochs 0"
         )
-    start = kept = problem.trained.values()
+    start = kept = problem.weights.values()
     per_epoch = len(train) // size  # the few windows over change with every epoch
     best_epoch, passes, rate = 0, 0, RATE
 
-    def trained(rate: float, bar: Any) -> Iterator[float]:
+    def epochs_at(rate: float, bar: Any) -> Iterator[float]:
         """Train from the start at a rate; the held-out KL after every epoch."""
-        problem.trained.assign(start)
+        problem.weights.assign(start)
         accelerator.free_memory()  # of the optimizer of a rate before
-        copies = problem.trained.copies()
+        copies = problem.weights.copies()
         optimizer = accelerator.prepare(torch.optim.Adam(copies, lr=rate, betas=(0.9, 0.95), fused=True))
         generator = torch.Generator().manual_seed(seed)
         step, steps = 0, epochs * per_epoch
@@ -136,28 +136,29 @@ def recover(
                 step += 1
                 loss = problem.gradient(_chosen(train, rows), copies)
                 optimizer.step()
-                problem.trained.take_over(copies)
+                problem.weights.take_over(copies)
                 bar.set_postfix_str(f"KL {loss:.4f}, held out {best:.4f}", refresh=False)
                 bar.update(1)
             yield problem.kl(mine)
 
     with (
         tqdm(total=epochs * per_epoch, desc="recover", unit="step", disable=quiet) as bar,
-        only_trained(model, problem.trained.parameters),
+        only_trained(model, problem.weights.parameters),
     ):
-        while before > 0:
+        while epochs and before > 0:
             bar.reset()
-            for epoch, now in enumerate(trained(rate, bar), 1):
+            for epoch, now in enumerate(epochs_at(rate, bar), 1):
                 passes += 1
                 if now < best:
-                    best, kept, best_epoch = now, problem.trained.values(), epoch
+                    best, best_epoch = now, epoch
+                    start = kept = problem.weights.values()  # no rate begins at the former start again
                 if not best_epoch or epoch - best_epoch >= PATIENCE or not now < 2 * before:
                     break
             if best_epoch or rate / 2 < LOWEST:
                 break
             rate /= 2
             logger.info("recovery: the first epoch does not lower the held-out KL; learning rate %.3g", rate)
-    problem.trained.assign(kept)
+    problem.weights.assign(kept)
     accelerator.free_memory()
     if best_epoch == 0 and passes:
         logger.warning("recovery: no learning rate lowered the held-out KL %.4g; the model is left as it was", before)
@@ -183,7 +184,7 @@ class _Distillation:
         objective: Objective,
     ) -> None:
         self._model, self._dense, self._objective = model, dense, objective
-        self.trained = MaskedParameters(layers, masks)
+        self.weights = MaskedParameters(layers, masks)
 
     def kl(self, batches: Sequence[WindowBatch]) -> float:
         """Mean divergence over the batches of all processes, nats per unit."""
@@ -193,7 +194,7 @@ class _Distillation:
 
     def gradient(self, batch: WindowBatch, copies: Sequence[Tensor]) -> float:
         """Leave the gradient of the mean KL with the copies of the parameters; returns that KL."""
-        return float(self.trained.differentiate(*self._divergence(batch), copies))
+        return float(self.weights.differentiate(*self._divergence(batch), copies))
 
     def _divergence(self, batch: WindowBatch) -> tuple[Tensor, int]:
         """Σ KL(dense‖model) over a batch's units, and their number."""
