@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ logger = logging.getLogger("kfac_prune")
 #: One batch in so many is held out: no step is taken on it, and it decides which state is kept.
 HELD_OUT = 10
 #: Adam's learning rate at the first step, per root mean square of a layer's kept weights; it falls to zero on a cosine.
-#: The first block tries this one in one epoch each, then half of it and so on while that brings more; all blocks then
+#: The first block tries this one, half of it and so on, for one epoch each, while that brings more; all blocks then
 #: learn at twice the best, this one at most, since a whole training averages out the noise that one epoch leaves.
 RATE = 0.02
 #: The lowest that is tried.
@@ -159,6 +160,7 @@ class BlockTraining:
             )
         loss, kept, chosen = before, start, 0.0
 
+        @cache  # a second search may come to the rates of the first
         def attempt(rate: float, epochs: int) -> float:
             nonlocal loss, kept, chosen
             now, state = self._descend(rate, start, before, replace(settings, epochs=epochs))

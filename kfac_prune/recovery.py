@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
@@ -116,13 +115,14 @@ def recover(
             "KL(dense‖pruned) is not finite on the calibration text; try --dtype float32 or bfloat16, or "
             "--recover-epochs 0"
         )
-    start = kept = problem.weights.values()
+    kept = problem.weights.values()
     per_epoch = len(train) // size  # the few windows over change with every epoch
     best_epoch, passes, rate = 0, 0, RATE
+    bar = tqdm(total=epochs * per_epoch, desc="recover", unit="step", disable=quiet)
 
-    def epochs_at(rate: float, bar: Any) -> Iterator[float]:
-        """Train from the start at a rate; the held-out KL after every epoch."""
-        problem.weights.assign(start)
+    def epochs_at(rate: float) -> Iterator[float]:
+        """Train from the kept weights at a rate; the held-out KL after every epoch."""
+        problem.weights.assign(kept)
         accelerator.free_memory()  # of the optimizer of a rate before
         copies = problem.weights.copies()
         optimizer = accelerator.prepare(torch.optim.Adam(copies, lr=rate, betas=(0.9, 0.95), fused=True))
@@ -141,17 +141,13 @@ def recover(
                 bar.update(1)
             yield problem.kl(mine)
 
-    with (
-        tqdm(total=epochs * per_epoch, desc="recover", unit="step", disable=quiet) as bar,
-        only_trained(model, problem.weights.parameters),
-    ):
+    with bar, only_trained(model, problem.weights.parameters):
         while epochs and before > 0:
             bar.reset()
-            for epoch, now in enumerate(epochs_at(rate, bar), 1):
+            for epoch, now in enumerate(epochs_at(rate), 1):
                 passes += 1
                 if now < best:
-                    best, best_epoch = now, epoch
-                    start = kept = problem.weights.values()  # no rate begins at the former start again
+                    best, kept, best_epoch = now, problem.weights.values(), epoch
                 if not best_epoch or epoch - best_epoch >= PATIENCE or not now < 2 * before:
                     break
             if best_epoch or rate / 2 < LOWEST:

@@ -217,6 +217,20 @@ def test_a_block_that_is_hard_to_help_lowers_the_rate_for_itself_alone(make_mode
     assert torch.equal(job.tensors()[hopeless], weights[hopeless])
 
 
+def test_no_training_is_repeated(make_model, make_windows, monkeypatch):
+    losses = {(0.02, 1): 0.9, (0.01, 1): 0.8, (0.005, 1): 0.85, (0.02, 4): 1.1, (0.01, 4): 0.5}
+    tried = []
+
+    def stands_in(self, rate, start, before, settings):
+        tried.append((rate, settings.epochs))
+        return losses[tried[-1]] * before, start
+
+    monkeypatch.setattr(block_training.BlockTraining, "_descend", stands_in)
+    first, second = Job(make_model("llama"), make_windows(count=24, length=8)).run(epochs=4)
+    assert tried == [*losses, (0.01, 4)]  # the second search of the first block knows its rates already
+    assert first.learning_rate == second.learning_rate == 0.01
+
+
 def test_a_block_that_lost_nothing_is_left_as_it_is(make_model, make_windows):
     job = Job(make_model("llama"), make_windows(count=24, length=8))
     job.dense.restore()
