@@ -20,7 +20,7 @@ METHODS = ("kfac", "layerwise", "obd", "magnitude", *SEQUENCE_METHODS, *BASELINE
 #: Added to each curvature factor, as a fraction of its mean diagonal, where the recipe leaves it open.
 DAMPING, STRUCTURED_DAMPING = 0.03, 0.001
 #: Epochs of the reconstruction, where the recipe leaves them open and there are windows enough.
-RECONSTRUCT = 6
+RECONSTRUCT = 5
 KINDS = ("ffn", "heads")
 #: What each method can allocate by. Loss curves there are for G ⊗ A alone; global thresholds where the curvature is an
 #: estimate of the Fisher (or, for magnitude, by custom).

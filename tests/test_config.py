@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kfac_prune.config import ALLOCATIONS, BASELINES, METHODS, SEQUENCE_METHODS, Recipe, parse_pattern
+from kfac_prune.config import ALLOCATIONS, BASELINES, METHODS, RECONSTRUCT, SEQUENCE_METHODS, Recipe, parse_pattern
 from kfac_prune.errors import InputError
 from kfac_prune.recipe_file import read_recipe
 
@@ -277,7 +277,7 @@ def test_pattern_allows_only_uniform_allocation(allocation):
 )
 def test_resolved_fills_in_what_was_left_open_only(fields, sparsity, allocation):
     made = recipe(**fields)
-    epochs = 6 if made.method in ("kfac", "layerwise") else 0  # the methods that compensate
+    epochs = RECONSTRUCT if made.method in ("kfac", "layerwise") else 0  # the methods that compensate
     filled = {"sparsity": sparsity, "allocation": allocation, "refit": False, "reconstruct": epochs, "damping": 0.03}
     filled["permute"] = made.pattern != "unstructured" and made.method == "kfac"
     assert made.resolved() == dataclasses.replace(made, **filled)
@@ -376,7 +376,7 @@ def test_only_one_target(names):
 @pytest.mark.parametrize(
     ("fields", "refit", "epochs"),
     [
-        ({}, False, 6),
+        ({}, False, RECONSTRUCT),
         ({"samples": 15}, True, 0),
         ({"refit": True}, True, 0),
         ({"refit": True, "reconstruct": 3}, True, 3),
@@ -384,10 +384,10 @@ def test_only_one_target(names):
         ({"reconstruct": 0, "refit": False}, False, 0),
         ({"method": "magnitude"}, False, 0),
         ({"method": "magnitude", "reconstruct": 3}, False, 3),
-        ({"structured": "ffn"}, False, 6),
+        ({"structured": "ffn"}, False, RECONSTRUCT),
         ({"structured": "ffn", "samples": 15}, True, 0),
         ({"structured": "ffn", "refit": True}, True, 0),
-        ({"structured": "ffn", "refit": False}, False, 6),
+        ({"structured": "ffn", "refit": False}, False, RECONSTRUCT),
         ({"structured": "ffn", "refit": True, "reconstruct": 3}, True, 3),
         ({"structured": "ffn", "reconstruct": 0}, True, 0),
         ({"structured": "ffn", "method": "magnitude"}, False, 0),
@@ -438,7 +438,7 @@ def test_resolved_leaves_structured_targets_alone(fields, sparsity):
     made = recipe(structured="ffn,heads", **fields)
     filled = {"sparsity": sparsity, "allocation": None, "damping": 0.001, "permute": False}
     repaired = made.method in ("kfac", "layerwise")
-    filled |= {"refit": False, "reconstruct": 6 if repaired else 0}
+    filled |= {"refit": False, "reconstruct": RECONSTRUCT if repaired else 0}
     assert made.resolved() == dataclasses.replace(made, **filled)
     assert made.resolved().resolved() == made.resolved()
 
