@@ -5,12 +5,12 @@ both, since a machine's speed changes while others use it. Measured seconds are 
 OMP_NUM_THREADS=1, what the run would take on a core of its own); the seconds on the clock are in the rows too.
 
     OMP_NUM_THREADS=1 python scripts/benchmark_estimate.py --cases wikitext2-llama babyllama-24
+    python scripts/benchmark_estimate.py --table                        # only rewrite README's table
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import tempfile
 import time
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Model, text, and the options of the run.
 STORIES = {"separator": "\n\n"}
+#: Model, text, and the options of the run.
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "stories260K": ("stories260K", "tinystories", {**STORIES, "samples": 64, "reconstruct": 4}),
     "babyllama-24": (
@@ -35,16 +35,29 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "babyllama": ("babyllama-tok361", "tinystories", {**STORIES, "samples": 64, "reconstruct": 4}),
 }
+#: What README calls them.
+LABELS = {
+    "wikitext2-llama-short": "wikitext2-llama, 32 windows, uniform, 4 epochs",
+    "stories260K": "stories260K, 64 windows, 4 epochs",
+    "babyllama": "babyllama-tok361, 64 windows, 4 epochs",
+    "babyllama-24": "babyllama-tok361, 2:4, no permutation, 2 epochs",
+    "wikitext2-llama": "wikitext2-llama, 128 windows, no repair",
+}
+BEGIN, END = "<!-- estimate table: begin -->", "<!-- estimate table: end -->"
 
 
 def main() -> None:
-    """Measure, print, and append one row per case."""
+    """Measure and print the cases that were asked for, one row each, then write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "estimate.jsonl", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "estimate.jsonl",
+                        help="JSON lines; cases that are run again are replaced; default: %(default)s")  # fmt: skip
     parser.add_argument("--reference", type=Path, default=ROOT.parent / "shared" / "reference", help="models and texts")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES], help="default: all")
+    parser.add_argument("--table", action="store_true", help="run nothing, only write the table into README.md")
     arguments = parser.parse_args()
-    for case in arguments.cases:
+    from benchmark_quality import put_row, read_rows, replace_between
+
+    for case in [] if arguments.table else arguments.cases:
         model, text, options = CASES[case]
         folder = arguments.reference
         given = {
@@ -55,9 +68,9 @@ def main() -> None:
             **options,
         }
         row = compared(case, options, fresh(estimated, given), fresh(measured, given), fresh(estimated, given))
-        with arguments.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        put_row(arguments.out, row, ("case",))
         tell(row)
+    replace_between(ROOT / "README.md", BEGIN, END, table(read_rows(arguments.out)))
 
 
 def fresh(run: Any, given: dict[str, Any]) -> Any:
@@ -143,6 +156,21 @@ def tell(row: dict[str, Any]) -> None:
         f"  {'all':18}{time}  time {row['time_ratio']:.2f}, memory {row['memory_ratio']:.2f} of the measured",
         flush=True,
     )
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """README's table."""
+    lines = [
+        "| case | seconds estimated / measured | ratio | peak memory estimated / measured | ratio |",
+        "|---|---|---|---|---|",
+    ]
+    cells = {row["case"]: row for row in rows}
+    for case in [case for case in LABELS if case in cells]:
+        row = cells[case]
+        seconds = f"{row['estimated_seconds']:.1f} / {row['seconds']:.1f} | {row['time_ratio']:.2f}"
+        peak = f"{row['estimated_peak_bytes'] / 1e6:.0f} / {row['peak_bytes'] / 1e6:.0f} MB | {row['memory_ratio']:.2f}"
+        lines.append(f"| {LABELS[case]} | {seconds} | {peak} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ one JSON line with commit, device and versions; the table in README.md is writte
 import argparse
 import json
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,9 +211,9 @@ def circumstances(model: torch.nn.Module, seconds: dict[str, float]) -> dict[str
     }
 
 
-def put_row(path: Path, row: dict[str, Any]) -> None:
+def put_row(path: Path, row: dict[str, Any], cell: Sequence[str] = ("model", "method", "level")) -> None:
     """Add a cell to a file of JSON lines, or replace it there."""
-    rows = [old for old in read_rows(path) if any(old[k] != row[k] for k in ("model", "method", "level"))] + [row]
+    rows = [old for old in read_rows(path) if any(old[k] != row[k] for k in cell)] + [row]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
 
