@@ -153,8 +153,8 @@ class Recipe:
     reconstruct: int | None = option(
         None,
         "epochs over the calibration windows in which the weights left in each block learn to bring its output back to "
-        "the dense model's, one block at a time; 0 = off; default: 6 for kfac and layerwise from 16 windows on, unless "
-        "there is --refit; else 0",
+        "the dense model's, one block at a time; 0 = off; default: "
+        f"{RECONSTRUCT} for kfac and layerwise from 16 windows on, unless there is --refit; else 0",
     )
     reconstruct_unit: str = option(
         "block",

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kfac_prune import ranks
 from kfac_prune.config import Recipe
+from kfac_prune.curvature.estimate import fit_together
 from kfac_prune.curvature.factors import CURVATURE_BYTES
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
@@ -18,6 +19,7 @@ from kfac_prune.inspect_model import coverage
 from kfac_prune.models import Layer, load_config
 from kfac_prune.objective import Objective, find_objective
 from kfac_prune.quality import Quality
+from kfac_prune.reconstruction import own_steps
 from kfac_prune.report import Stages
 from kfac_prune.store import check_apart, check_output
 from kfac_prune.structure.groups import Group
@@ -94,6 +96,15 @@ def begin(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
         raise InputError(
             f"{ranks.count()} processes share {len(calibration)} calibration windows; add --samples, or start fewer"
         )
+    if recipe.shots != 1 and not recipe.structured and not fit_together(layers, model.device):
+        what = "the curvature of all layers at a time takes more than half of the memory that is free on the GPU"
+        if recipe.shots is not None:
+            raise InputError(f"shots is {recipe.shots}, and {what}; use shots 1")
+        if not (recipe.reconstruct or recipe.offload or recipe.max_memory):
+            echo(f"one shot: {what}")
+        recipe = replace(recipe, shots=1)
+    if recipe.reconstruct:
+        own_steps(calibration)  # refused now rather than once the plan is made
     if recipe.refit and not has_writers(model, calibration):
         kind = type(model).__name__
         echo(

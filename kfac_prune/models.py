@@ -89,9 +89,10 @@ class Layer:
         return matrix.T if isinstance(self.module, Conv1D) else matrix
 
     def assign(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Replace W [out, in] (and the bias [out]) by new tensors in the parameter's dtype and on its device.
+        """Replace W [out, in] (and the bias [out]) by these, in the parameter's dtype and on its device.
 
-        The old tensors are not written to: whoever holds them (``dense_weights``) keeps the dense values.
+        Where they are so already, the parameter takes over the tensors themselves. The old ones are not written to:
+        whoever holds them (``WeightSwap``) keeps their values.
         """
         _replace(self._parameter, self.stored(weight))
         if bias is not None:
@@ -100,7 +101,7 @@ class Layer:
 
 
 def _replace(parameter: nn.Parameter, value: Tensor) -> None:
-    parameter.data = value.to(dtype=parameter.dtype, device=parameter.device, copy=True).contiguous()
+    parameter.data = value.to(dtype=parameter.dtype, device=parameter.device).contiguous()
 
 
 class WeightSwap:

@@ -24,7 +24,7 @@ from kfac_prune.experts import ExpertLinear
 from kfac_prune.export import save_model, save_side_files, verify_saved
 from kfac_prune.inputs import resolve_device
 from kfac_prune.job import Job, Outcome, begin, target_of
-from kfac_prune.models import Layer, head_of, prunable_layers
+from kfac_prune.models import Layer, find_blocks, head_of, prunable_layers
 from kfac_prune.obs import NM
 from kfac_prune.operators import Damping
 from kfac_prune.permute import Permuted, permute_model
@@ -220,8 +220,7 @@ def _mask(job: Job) -> Outcome:
     groups = parse_pattern(recipe.pattern)
     assert recipe.damping is not None
     pattern, damping = NM(*groups) if groups else None, Damping(recipe.damping)
-    planned = _planned(job, estimate, pattern, damping)
-    plan, factors = planned.plan, planned.factors
+    plan, factors, permuted = _planned(job, estimate, pattern, damping)
     chosen = {layer.name for layer in plan.layers}
     idle = [layer.name for layer in layers if layer.name not in chosen]
     layers = [layer for layer in layers if layer.name in chosen]
@@ -245,11 +244,14 @@ def _mask(job: Job) -> Outcome:
                 damping=damping,
                 **options,
             )
+    if recipe.reconstruct_unit == "block":  # what follows asks for the streams' alone
+        factors = replace(factors, layers={})
     corrected: list[Correction] = []
     if plan.sparsity > 0 and (shots := shots_of(recipe, plan.predicted)) > 1:
         with stages("shots"):
             again: Any = {"pattern": pattern, "damping": damping, "fisher": fisher, "seed": recipe.seed, **measured}
             plan, corrected = correct(model, layers, plan, job.calibration, dense.swapped_in, shots - 1, **again)
+    plan = plan.without_weights()
     reconstructed: list[Reconstructed] = []
     if recipe.reconstruct and plan.sparsity > 0:
         with stages("reconstruct"):
@@ -271,7 +273,7 @@ def _mask(job: Job) -> Outcome:
     with stages("measure pruned"):
         pruned_quality = evaluate(model, job.held_out, dense=dense.swapped_in, label="pruned", **measured)
     covered = sum(layer.mask.numel() for layer in plan.layers) / model.num_parameters()
-    record = plan_record(plan, planned.permuted, refitted, corrected, reconstructed, covered)
+    record = plan_record(plan, permuted, refitted, corrected, reconstructed, covered)
     return Outcome(model, dense_quality, pruned_quality, record | {"experts_without_tokens": idle} | recovery)
 
 
@@ -318,12 +320,7 @@ def _shrink(job: Job) -> Outcome:
     reconstructed: list[Reconstructed] = []
     if recipe.reconstruct and best.kl > 0:
         with stages("reconstruct"):
-            width = model.config.get_text_config().hidden_size
-            layers = [layer for layer in prunable_layers(model) if not isinstance(layer.module, ExpertLinear)]
-            writers = [layer for layer in layers if layer.shape[0] == width]  # among others
-            if job.objective.unit == "sequence":
-                writers = participants(model, writers, job.calibration, job.objective)
-            factors = _factors(job, writers)
+            factors = _factors(job, _observed(job))
             reconstructed = reconstruct_smaller(
                 model,
                 best.model,
@@ -348,6 +345,20 @@ def _shrink(job: Job) -> Outcome:
         )
     record = shrunk_record(recipe, model, job.layers, best, others, reconstructed, speed)
     return Outcome(best.model, dense, pruned, record | recovery)
+
+
+def _observed(job: Job) -> list[Layer]:
+    """Layers whose factors a smaller model's reconstruction needs, beside those of the streams after every block."""
+    model = job.model
+    layers = [layer for layer in prunable_layers(model) if not isinstance(layer.module, ExpertLinear)]
+    if job.objective.unit == "sequence":
+        layers = participants(model, layers, job.calibration, job.objective)
+    if job.recipe.reconstruct_unit == "sublayer":
+        width = model.config.get_text_config().hidden_size
+        return [layer for layer in layers if layer.shape[0] == width]  # all that write into the stream, and others
+    names, _ = find_blocks(model, layers)
+    inside = [layer for layer in layers if any(layer.name.startswith(f"{name}.") for name in names)]
+    return [min(inside, key=lambda layer: sum(layer.shape))]  # any of them says where the blocks are
 
 
 def _reconstruction(job: Job) -> Reconstruction:

@@ -50,6 +50,11 @@ class Plan:
         kept = sum(int(layer.mask.sum()) for layer in self.layers)
         return 1 - kept / sum(layer.mask.numel() for layer in self.layers)
 
+    def without_weights(self) -> Plan:
+        """Masks and figures: what there is to know of it once a model has its weights."""
+        layers = [replace(layer, weight=layer.weight.new_empty(0), bias=None) for layer in self.layers]
+        return replace(self, layers=tuple(layers))
+
     def table(self, unit: str = "token") -> str:
         """Layer by layer: shape, sparsity, predicted loss per unit of the objective, as aligned text."""
         width = max(len("total"), *(len(layer.name) for layer in self.layers))
@@ -199,12 +204,12 @@ def _global_threshold(layers: Sequence[Layer], problems: Problems, sparsity: flo
     scores = {}
     for layer in layers:
         weight, operator, _ = problems(layer)
-        scores[layer.name] = saliency(weight, operator).reshape(-1)
-    everything = torch.cat([s.cpu() for s in scores.values()])
+        scores[layer.name] = saliency(weight, operator).reshape(-1).cpu()  # a number per weight of the model
+    everything = torch.cat(list(scores.values()))
     keep = max(everything.numel() - round(sparsity * everything.numel()), 1)
     threshold = kth_largest(everything, keep)
     most = 1 - 1e-6  # every layer keeps at least one weight
-    return {name: min(float((s < threshold.to(s.device)).float().mean()), most) for name, s in scores.items()}
+    return {name: min(float((s < threshold).float().mean()), most) for name, s in scores.items()}
 
 
 def _in_shots(
@@ -238,7 +243,7 @@ def _by_outliers(layers: Sequence[Layer], factors: Factors, sparsity: float) -> 
     blocks: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
     for layer in layers:
         block = next((name for name in factors.streams if layer.name.startswith(f"{name}.")), layer.name)
-        blocks.setdefault(block, {})[layer.name] = layer.weight.float(), factors.layers[layer.name].a.diagonal().clone()
+        blocks.setdefault(block, {})[layer.name] = layer.weight, factors.layers[layer.name].a.diagonal().clone()
     return owl(blocks, sparsity)
 
 
@@ -272,7 +277,7 @@ def _dense(layer: Layer) -> PlannedLayer:
 
 
 def prune(layers: Sequence[Layer], plan: Plan) -> WeightSwap:
-    """Put a plan's weights into the model, in place.
+    """Put a plan's weights into the model: its parameters take over the plan's tensors.
 
     Args:
         layers: of the model that the plan was made for.

@@ -73,6 +73,11 @@ def count() -> int:
     return dist.get_world_size() if _several() else 1
 
 
+def neighbours() -> int:
+    """Processes of this run on this machine, which share its main memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", count())) if _several() else 1
+
+
 def index() -> int:
     """The number of this process, from 0."""
     return dist.get_rank() if _several() else 0

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -40,8 +40,7 @@ ELSEWHERE = (
 PART, SMALLER, CURVATURE = "all layers", "model", "curvature"
 
 
-@dataclass(frozen=True)
-class Planned:
+class Planned(NamedTuple):
     """What is known before the first weight falls.
 
     Attributes:

@@ -267,7 +267,7 @@ def find_writers(stack: BlockStack, block: int, stream: Tensor, layers: Sequence
     plain = [layer for layer in layers if not isinstance(layer.module, ExpertLinear)]  # those that see all tokens
     candidates = {layer.name: layer for layer in plain if layer.shape[0] == width}
     with torch.no_grad(), observed(list(candidates.values())) as seen:
-        added = (stack.run(block, 0, stream).cpu() - stream).double().reshape(-1)
+        added = (stack.run(block, 0, stream).cpu() - stream.cpu()).double().reshape(-1)
     found = ranks.told(_summands({name: output for name, (_, output) in seen.items()}, added, stream.dtype))
     return [Writer(candidates[name], factor) for name, factor in found]
 

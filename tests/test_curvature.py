@@ -456,6 +456,21 @@ def test_a_layer_used_twice_counts_both_uses(near):
     near(capture.gradients["twice"].second, outer.T @ outer, FLOAT32)
 
 
+def test_the_fisher_of_a_layer_used_twice_is_the_sum_over_its_uses(near, make_model, make_windows):
+    """Of one block in two places, beside two equal blocks in these places: the same function of the text."""
+    model, windows = make_model("llama"), make_windows(lengths=(9, 3, 1, 7, 2))
+    blocks = model.model.layers
+    blocks[1] = copy.deepcopy(blocks[0])
+    apart = estimate_factors(model, prunable_layers(model), windows)
+    blocks[1] = blocks[0]
+    shared = estimate_factors(model, prunable_layers(model), windows)
+    assert len(shared.layers) == len(apart.layers) // 2
+    for name, found in shared.layers.items():
+        first, second = (apart.layers[name.replace(".0.", f".{i}.")] for i in range(2))
+        near(found.g, first.g + second.g, FLOAT32)
+        near(found.a, (first.a + second.a) / 2, FLOAT32)
+
+
 # --- failures that name the layer -------------------------------------------------------------------------------
 
 

@@ -31,8 +31,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import kfac_prune
-from kfac_prune import block_training, inputs, pipeline
+from kfac_prune import block_training, inputs, pipeline, ranks
 from kfac_prune.config import BASELINES, METHODS, SEQUENCE_METHODS, Recipe
+from kfac_prune.curvature import estimate
 from kfac_prune.errors import InputError
 from kfac_prune.inputs import load_data
 from kfac_prune.models import prunable_layers
@@ -635,6 +636,30 @@ def test_further_shots(recipe, fields):
     run(made)
     assert bytes_of(made.out) == first
     assert f"in {record['shots']} shots, without training" in (Path(made.out) / "README.md").read_text()
+
+
+def test_further_shots_need_the_curvature_of_all_layers_at_a_time(recipe, monkeypatch):
+    """Where a GPU has no room for it there is one shot, and more that are asked for are refused before the work."""
+    monkeypatch.setattr(estimate, "_half_of_free", lambda device: 4 * (32**2 + 48**2))  # the largest layer alone
+    fields = {"sparsity": 0.7, "reconstruct": 0, "refit": False}
+    told = []
+    record = run(recipe("llama", **fields), echo=told.append)
+    assert record["kl_predicted"] > 0.05
+    assert record["shots"] == 1
+    assert any(line.startswith("one shot: the curvature of all layers") for line in told)
+    told.clear()
+    with pytest.raises(InputError, match=r"shots is 3, and the curvature of all layers at a time .* use shots 1"):
+        run(recipe("llama", **fields, shots=3, overwrite=True), echo=told.append)
+    assert "- curvature" not in told
+
+
+def test_too_few_windows_for_the_processes_are_noticed_before_the_work(recipe, monkeypatch):
+    monkeypatch.setattr(ranks, "join", lambda *processes: None)
+    monkeypatch.setattr(ranks, "count", lambda: 16)
+    told = []
+    with pytest.raises(InputError, match=r"16 processes take 16 of the 24 per step; add --samples, start fewer"):
+        run(recipe("llama", samples=24), echo=told.append)
+    assert "- curvature" not in told
 
 
 def test_a_reconstruction_follows_one_shot(recipe):

@@ -654,3 +654,11 @@ class TestLatencyTarget:
         target = latency_target(model, find_groups(model, layers, BOTH), 8, 1.0)
         with pytest.raises(InputError, match=r"asks to save 19 ms, .* of model\.layers\.0"):
             prune_structured(model, layers, windows, target, settings=Settings(multiple=8))
+
+
+def test_the_cheapest_of_the_sizes_that_suffice_is_taken():
+    """Measured corrections may make a larger cut cheaper than a smaller one."""
+    sizes = [(1.0, 2.5, {"ffn": "small"}), (2.0, 2.0, {"ffn": "large"}), (3.0, 4.0, {"ffn": "largest"})]
+    assert plan._cheapest([sizes], 0.5) == {"ffn": "large"}
+    heads = [(0.0, 0.0, {"heads": "all"}), (2.5, 1.0, {"heads": "half"})]
+    assert plan._cheapest([heads, sizes], 3.0) == {"heads": "half", "ffn": "large"}

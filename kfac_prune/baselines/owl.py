@@ -28,7 +28,7 @@ def owl(blocks: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]], sparsity: flo
     """
     sizes, outliers = {}, {}
     for name, layers in blocks.items():
-        scores = torch.cat([(w.abs() * squares.sqrt()).flatten() for w, squares in layers.values()])
+        scores = torch.cat([(w.float().abs() * squares.sqrt()).flatten() for w, squares in layers.values()])
         sizes[name] = scores.numel()
         outliers[name] = float((scores > OUTLIER * scores.mean()).double().mean())
     mean = sum(sizes[name] * d for name, d in outliers.items()) / sum(sizes.values())

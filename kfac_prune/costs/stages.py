@@ -148,6 +148,11 @@ def _factors_kept(s: Setting) -> tuple[float, float]:
     return 4 * largest + s.stream_bytes, s.factor_bytes / 2
 
 
+def _factors_left(s: Setting) -> tuple[float, float]:
+    """What is kept of them once the plan is made and nothing is refitted any more."""
+    return (s.stream_bytes, 0.0) if s.recipe.reconstruct_unit == "block" else _factors_kept(s)
+
+
 def _stage(s: Setting, name: str, work: Work, device: float, host: float = 0.0, disk: float = 0.0) -> Stage:
     """A stage, given what it holds besides the model."""
     on_device, in_main = _resident(s)
@@ -287,19 +292,20 @@ def _evaluate(s: Setting, name: str) -> Stage:
         once = passes.forward + passes.compared
         work += (once * 2 + passes.divergence if pruned else once) * batches
     passes = s.passes(min(s.recipe.batch_size, s.recipe.eval_samples))
-    device = _factors_kept(s)[0] + _pruned_bytes(s, pruned) + OUTPUTS_COMPARED * passes.output
-    return _stage(s, name, _visits(s, work, s.recipe.eval_samples, 1 + pruned), device, _host_bytes(s, pruned))
+    on_device, in_main = _factors_left(s) if pruned else _factors_kept(s)
+    device = on_device + _plan_bytes(s) + OUTPUTS_COMPARED * passes.output
+    host = _host_bytes(s) + in_main * s.gpu
+    return _stage(s, name, _visits(s, work, s.recipe.eval_samples, 1 + pruned), device, host)
 
 
-def _pruned_bytes(s: Setting, applied: bool) -> float:
-    """The plan on the device, and the model's own copy of it once it is applied."""
-    return 0.0 if s.recipe.offload else _planned_bytes(s) + applied * s.weights * s.item
+def _plan_bytes(s: Setting) -> float:
+    """The plan on the device; once it is applied, the masks, and the pruned weights beside the dense ones."""
+    return 0.0 if s.recipe.offload else _planned_bytes(s)
 
 
-def _host_bytes(s: Setting, applied: bool) -> float:
-    """The same in main memory, with what waits there of the factors."""
-    there = s.recipe.offload * (_planned_bytes(s) + applied * s.weights * s.item)
-    return there + _factors_kept(s)[1] * s.gpu
+def _host_bytes(s: Setting) -> float:
+    """The same in main memory."""
+    return s.recipe.offload * _planned_bytes(s)
 
 
 def _visits(s: Setting, work: Work, windows: int, passes: float) -> Work:
@@ -325,8 +331,10 @@ def _refit(s: Setting) -> Stage:
         work += solve_work(m, "kfac", s.recipe.pattern, SLOW if s.recipe.pattern == "unstructured" else SLOW_NM)
     moments = max(4 * (3 * sum(m.shape) ** 2) for m in writers) if writers else 0
     streams = 4 * s.tokens * s.dry.width * s.item
-    device = _factors_kept(s)[0] + _pruned_bytes(s, True) + moments + streams * (not s.gpu)
-    return _stage(s, "refit", _visits(s, work, s.recipe.samples, 4), device, _host_bytes(s, True) + streams * s.gpu)
+    on_device, in_main = _factors_kept(s)
+    device = on_device + _plan_bytes(s) + moments + streams * (not s.gpu)
+    host = _host_bytes(s) + (in_main + streams) * s.gpu
+    return _stage(s, "refit", _visits(s, work, s.recipe.samples, 4), device, host)
 
 
 def _writers(s: Setting) -> list[Matrix]:
@@ -360,13 +368,15 @@ def _reconstruct(s: Setting) -> Stage:
     training = block * (4 * 5 + 2 * s.item) + step.held + 3 * 4 * rows * dry.width
     streams = 5 * stream
     at_device = recipe.streams == "device" or (recipe.streams == "cpu" and not s.gpu)
-    device = _factors_kept(s)[0] + s.stream_bytes + _pruned_bytes(s, True) + training + streams * at_device
-    host = _host_bytes(s, True) + streams * (recipe.streams == "cpu" and s.gpu)
+    on_device, in_main = _factors_left(s)
+    device = on_device + s.stream_bytes + _plan_bytes(s) + training + streams * at_device
+    host = _host_bytes(s) + (in_main + streams * (recipe.streams == "cpu")) * s.gpu
     return _stage(s, "reconstruct", work, device, host, written + streams * (recipe.streams == "disk"))
 
 
 def _save(s: Setting) -> Stage:
     work = Work({Transfer("disk"): 2 * s.bytes, Transfer("link"): s.bytes * s.gpu, Call(): SAVE_CALLS})
     work.move(3 * s.bytes)
-    device = _factors_kept(s)[0] + _pruned_bytes(s, True)
-    return _stage(s, "save", work, device, _host_bytes(s, True) + s.bytes, s.bytes)
+    on_device, in_main = _factors_left(s)
+    host = _host_bytes(s) + in_main * s.gpu + s.bytes
+    return _stage(s, "save", work, on_device + _plan_bytes(s), host, s.bytes)

@@ -117,7 +117,7 @@ def estimate_factors(
             capture.add_up()
             for name in capture.blocks:
                 moments = capture.gradients[name]
-                streams[name] = moments.second / (sequences or moments.tokens)
+                streams[name] = moments.second / (sequences or windows.tokens)
             found.update(_finish(group, capture, sequences, windows.tokens))
             if span is not None:
                 span.clear()
@@ -130,9 +130,9 @@ def _needs(layer: Layer) -> int:
 
 
 def _room_for(layers: Sequence[Layer]) -> bool:
-    """Half of the main memory that is free holds the triangles of all factors."""
+    """Half of the main memory that is free holds the triangles of all factors, in every process of this machine."""
     free: int = psutil.virtual_memory().available
-    return sum(map(_needs, layers)) < free
+    return sum(map(_needs, layers)) * ranks.neighbours() < free
 
 
 def _half_of_free(device: torch.device) -> int | None:
@@ -141,6 +141,11 @@ def _half_of_free(device: torch.device) -> int | None:
         return None
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return -ranks.largest(-(torch.cuda.mem_get_info(device)[0] + cached) // 2, device)
+
+
+def fit_together(layers: Sequence[Layer], device: torch.device) -> bool:
+    """Whether ``estimate_factors`` has room for the factors of all these layers at a time, where nobody has said."""
+    return len(layer_groups(layers, _half_of_free(device))) == 1
 
 
 def layer_groups(layers: Sequence[Layer], most: int | None) -> list[list[Layer]]:
@@ -237,8 +242,8 @@ def _finish(
 ) -> dict[str, LayerFactors]:
     """Sums to means, in place, with the checks that name the layer; G to sums per sequence where there are such.
 
-    An expert's factors are shrunk, and its G is of ``everything``, the tokens of the text; one that saw no token has
-    none.
+    G is per token of the text, of which there are ``everything``, however often a layer is called and on whichever it
+    is. An expert's factors are shrunk; one that saw no token has none.
     """
     layers = [layer for layer in layers if not isinstance(layer.module, ExpertLinear) or _tokens(layer, capture)]
     for layer in layers:
@@ -250,12 +255,11 @@ def _finish(
     found = {}
     for layer in layers:
         inputs, gradients = capture.inputs[layer.name], capture.gradients[layer.name]
-        gradients.second /= sequences or gradients.tokens
+        gradients.second /= sequences or everything
         a, g, few = inputs.second, gradients.second, None
         if isinstance(layer.module, ExpertLinear):
-            share = inputs.tokens / everything
             (a, by_a), (g, by_g) = shrunk(a, inputs.tokens), shrunk(g, gradients.tokens)
-            g, few = g if sequences else g * share, FewTokens(inputs.tokens, share, by_a, by_g)
+            few = FewTokens(inputs.tokens, inputs.tokens / everything, by_a, by_g)
         found[layer.name] = LayerFactors(a, inputs.first, g, inputs.tokens, layer.bias is not None, few)
     return found
 

@@ -185,14 +185,13 @@ def find_ffn(model: PreTrainedModel, layers: Sequence[Layer]) -> list[FfnUnits]:
 
     One with a further vector as long as it has units (a norm between its layers) couples them and is left out.
     """
-    found = []
+    found, biases = [], {f"{layer.name}.bias" for layer in prunable_layers(model)}
     for name, producers, consumer in matches(model, layers, FFN_LAYOUTS):
         rows = {layer.shape[0] for layer in producers}
         stacked = 2 if len(producers) == 1 else 1
         fits = rows in ({consumer.shape[1]}, {stacked * consumer.shape[1]})
-        linear = {f"{part.name.removeprefix(f'{name}.')}.bias" for part in prunable_layers(model)}
         others = _others(model, name, (*producers, consumer))
-        coupled = any(p.shape == consumer.shape[1:] and n not in linear for n, p in others)
+        coupled = any(p.shape == consumer.shape[1:] and f"{name}.{n}" not in biases for n, p in others)
         if fits and (not coupled or consumer.shape[0] == consumer.shape[1]):
             found.append(FfnUnits(name, producers, consumer))
     return found

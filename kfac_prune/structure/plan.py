@@ -155,7 +155,7 @@ def one_size(
         whole = attentions[0].size(attentions[0].everything())
         held = accepted_heads(model, attentions[0])
         common["heads"] = {size: taken for size, taken in common["heads"].items() if size == whole or size in held}
-    choices = []  # per kind, by increasing saving: what is saved, the cost, and the options
+    choices = []  # per kind: what is saved, the cost, and the options
     for kind in sorted(kinds, key=lambda kind: (kind != "heads", len(common[kind]))):
         members, rows = kinds[kind], []
         for taken in common[kind].values():
@@ -169,15 +169,12 @@ def one_size(
 def _cheapest(
     choices: Sequence[Sequence[tuple[float, float, dict[str, Option]]]], target: float
 ) -> dict[str, Option] | None:
-    """One (saving, cost, plan) of every sequence such that the savings reach the target at the least total cost.
-
-    Of the last sequence, by increasing saving and cost, the first is taken that reaches it.
-    """
+    """One (saving, cost, plan) of every sequence such that the savings reach the target at the least total cost."""
     *others, last = choices
     best: tuple[float, dict[str, Option]] | None = None
     for some in product(*others):
         needed = target - sum(saving for saving, _, _ in some)
-        one = next((row for row in last if row[0] >= needed), None)
+        one = min((row for row in last if row[0] >= needed), key=lambda row: row[1], default=None)
         if one is not None:
             taken = (*some, one)
             cost = sum(cost for _, cost, _ in taken)
