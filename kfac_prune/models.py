@@ -42,6 +42,8 @@ LOADERS: dict[Head, Any] = {
     "classes": AutoModelForSequenceClassification,
     "encoder": AutoModel,
 }
+#: Classes whose own forward pass is that of nn.Linear, written out.
+PLAIN = {"FalconLinear"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -162,7 +164,7 @@ def prunable_layers(model: PreTrainedModel, include: Sequence[str] = (), ignore:
     tied = {id(m.weight) for m in (head, embedded, *routers(model)) if m is not None and hasattr(m, "weight")}
     layers: list[Layer] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and module is not head and id(module.weight) not in tied:
+        if is_plain(module) and module is not head and id(module.weight) not in tied:
             layers.append(Layer(name, module))
             if 0 in layers[-1].shape:
                 raise InputError(f"layer {name} is {list(layers[-1].shape)} [out, in], which holds no weight")
@@ -184,6 +186,12 @@ def prunable_layers(model: PreTrainedModel, include: Sequence[str] = (), ignore:
     if not kept:
         raise InputError(f"no layer of {type(model).__name__} is left to prune after --include and --ignore")
     return kept
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module computes ``x Wᵀ + b``: a subclass of nn.Linear with a forward pass of its own need not."""
+    forward = type(module).forward
+    return forward in (nn.Linear.forward, Conv1D.forward) or type(module).__name__ in PLAIN
 
 
 def _classifier(model: PreTrainedModel) -> nn.Module | None:

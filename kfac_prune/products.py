@@ -38,29 +38,31 @@ def approximately(layers: Sequence[Layer]) -> Iterator[None]:
 def _forward(layer: Layer, x: Tensor) -> Tensor:
     """The layer's output [..., out] for an input [..., in]."""
     module: Any = layer.module
-    y: Tensor = _Linear.apply(x, layer.stored(module.weight), module.bias)
-    return y
+    y: Tensor = _Linear.apply(x.flatten(0, -2), layer.stored(module.weight), module.bias)
+    return y.unflatten(0, x.shape[:-1])
 
 
 class _Linear(torch.autograd.Function):
-    """``x Wᵀ + b``, its gradients by the same kind of product."""
+    """``x Wᵀ + b`` of rows x [N, in], its gradients by the same kind of product.
+
+    What it returns is no view, so that a model may add to it in place, as Llama 4 does.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         with approximate_products():
-            y: Tensor = product(x.flatten(0, -2), weight.T).unflatten(0, x.shape[:-1])
+            y: Tensor = product(x, weight.T)
         return y if bias is None else y.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        (gradient,) = gradients
+        (rows,) = gradients
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
-        rows = gradient.flatten(0, -2)
         with approximate_products():
             return (
-                product(rows, weight).unflatten(0, x.shape[:-1]) if for_x else None,
-                product(rows.T, x.flatten(0, -2)) if for_weight else None,
+                product(rows, weight) if for_x else None,
+                product(rows.T, x) if for_weight else None,
                 rows.sum(0) if for_bias else None,
             )

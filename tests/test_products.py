@@ -90,3 +90,14 @@ def test_what_is_not_trained_gets_no_gradient():
         layer.module(x).sum().backward()
     assert layer.module.weight.grad is None
     assert layer.module.bias.grad is not None
+
+
+def test_a_model_may_add_to_the_output_in_place():
+    layer, x = layer_of("linear"), torch.randn(2, 3, 48)
+    want = torch.autograd.grad((2 * layer.module(x)).square().sum(), layer.parameters())
+    with approximately([layer]):
+        y = layer.module(x)
+        y += layer.module(x)
+        got = torch.autograd.grad(y.square().sum(), layer.parameters())
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).norm() <= 2**-6 * b.norm()

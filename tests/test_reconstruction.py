@@ -3,7 +3,14 @@ import math
 import pytest
 import torch
 from conftest import build, random_windows
-from transformers import AlbertConfig, AlbertForMaskedLM, AutoModelForCausalLM, Gemma2Config
+from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+)
 
 from kfac_prune import block_training, reconstruction
 from kfac_prune.block_training import Reconstruction
@@ -411,6 +418,25 @@ def test_a_block_that_runs_several_times_has_no_output_of_its_own_to_learn_from(
     settings = Reconstruction(1, objective=masked)
     (record,) = reconstruction.reconstruct_sparse(model, plan, factors, windows, dense.swapped_in, settings)
     assert record.after <= record.before
+
+
+def test_llama_4_with_its_routers_and_sums_in_place(make_windows):
+    """Its router is a linear layer that returns two tensors, and it adds to what its shared expert puts out."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 40, "intermediate_size_mlp": 48}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = Llama4TextConfig(**sizes, **heads, **special, num_hidden_layers=2, num_local_experts=4,
+                              interleave_moe_layer_step=2)  # fmt: skip
+    torch.manual_seed(0)
+    model = Llama4ForCausalLM(config).eval()
+    for _, parameter in model.named_parameters():
+        parameter.data = torch.randn_like(parameter) * (0.2 if parameter.ndim > 1 else 0.0) + (parameter.ndim == 1)
+    job = Job(model, make_windows(count=24, length=8))
+    assert not any("router" in layer.name for layer in job.layers)
+    assert any("shared_expert" in layer.name for layer in job.layers)
+    before = job.kl()
+    assert all(record.after < record.before for record in job.run(epochs=2))
+    assert job.kl() < before
 
 
 def test_a_block_without_layers_to_train_is_skipped(make_model, make_windows):
