@@ -11,8 +11,9 @@ which compare across layers, and swaps are tried for all groups at once, paired 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -185,12 +186,14 @@ def permute_model(
     rounding = max(torch.finfo(d).eps for d in (expected.dtype, torch.float32)) ** 0.5  # norms compute in float32
     done: list[Permuted] = []
     for kind in kinds:
+        # several spaces of a kind may be columns of one layer; to permute some leaves the scores of all others
+        scores = lru_cache(1)(partial(_scores, factors=factors, method=method, damping=damping or Damping()))
         made: list[tuple[Space, Permuted]] = []
         for space in find_spaces(model, kind, pattern.m):
             readers = [(layer, starts) for layer, starts in space.readers() if layer.name in names]
             if not readers:
                 continue
-            table = _scores(readers, space.width, factors, method, damping or Damping())
+            table = _table(readers, space.width, scores)
             total = float(table.sum(dtype=torch.float64))
             if total == 0:
                 continue  # nothing to keep
@@ -208,18 +211,19 @@ def permute_model(
     return done
 
 
-def _scores(
-    readers: Sequence[tuple[Layer, tuple[int, ...]]], width: int, factors: Factors, method: Method, damping: Damping
-) -> Tensor:
-    """Squared weights in equilibrated coordinates (saliencies, where H is separable): [at most about ROWS, width]."""
+def _table(readers: Sequence[tuple[Layer, tuple[int, ...]]], width: int, scores: Callable[[Layer], Tensor]) -> Tensor:
+    """The scores of a space's columns in all that reads it: [at most about ROWS, width]."""
     step = -(-sum(layer.shape[0] * len(starts) for layer, starts in readers) // ROWS)
-    parts = []
-    for layer, starts in readers:
-        operator, _ = factors.layers[layer.name].operator(method, damping, where=layer.name)
-        weight = layer.weight.to(factors.layers[layer.name].a.device, torch.float32)
-        scores = saliency(weight, operator) if operator.separable else (weight * operator.equilibrated()[1]).square()
-        parts += [scores[::step, start : start + width].clone() for start in starts]
-    return torch.cat(parts)
+    return torch.cat(
+        [scores(layer)[::step, start : start + width].clone() for layer, starts in readers for start in starts]
+    )
+
+
+def _scores(layer: Layer, factors: Factors, method: Method, damping: Damping) -> Tensor:
+    """Squared weights [out, in] in equilibrated coordinates; saliencies, where H is separable."""
+    operator, _ = factors.layers[layer.name].operator(method, damping, where=layer.name)
+    weight = layer.weight.to(factors.layers[layer.name].a.device, torch.float32)
+    return saliency(weight, operator) if operator.separable else (weight * operator.equilibrated()[1]).square()
 
 
 def _apply(space: Space, permutation: Tensor, factors: Factors) -> None:

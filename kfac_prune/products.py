@@ -38,8 +38,9 @@ def approximately(layers: Sequence[Layer]) -> Iterator[None]:
 def _forward(layer: Layer, x: Tensor) -> Tensor:
     """The layer's output [..., out] for an input [..., in]."""
     module: Any = layer.module
-    y: Tensor = _Linear.apply(x.flatten(0, -2), layer.stored(module.weight), module.bias)
-    return y.unflatten(0, x.shape[:-1])
+    rows = _Linear.apply(x.flatten(0, -2), layer.stored(module.weight), module.bias)
+    y: Tensor = rows.unflatten(0, x.shape[:-1])
+    return y
 
 
 class _Linear(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from functools import lru_cache
 
 import pytest
 import torch
@@ -158,6 +159,32 @@ def test_kept_shares_are_those_of_the_scores(all_float64):
     before = share()
     made = permute_model(model, layers, factors, NM(2, 4), WINDOWS, kinds=["ffn"])
     assert (made[1].before, made[1].after) == pytest.approx((before, share()), rel=1e-6)
+
+
+def test_the_heads_of_an_attention_share_its_curvature(monkeypatch):
+    """It is factored once, and every group of heads is scored as if it had been factored for that group."""
+    done, factored, scores = [], [], permute._scores
+
+    def counted(layer, factors, **options):
+        factored.append(layer.name)
+        return scores(layer, factors, **options)
+
+    monkeypatch.setattr(permute, "_scores", counted)
+    for cached in (lru_cache, lambda size: lambda function: function):
+        monkeypatch.setattr(permute, "lru_cache", cached)
+        factored.clear()
+        model = random_model(FAMILIES["llama"])
+        layers = prunable_layers(model)
+        factors = estimate_factors(model, layers, WINDOWS)
+        done.append((permute_model(model, layers, factors, NM(1, 2), WINDOWS, kinds=["heads"]), list(factored)))
+    (once, first), (anew, second) = done
+    outputs = [f"model.layers.{block}.self_attn.o_proj" for block in range(2)]
+    assert first == outputs
+    assert second == sorted(outputs * 6)  # both query heads of three groups
+    assert any(one.after > one.before for one in once)
+    for mine, theirs in zip(once, anew, strict=True):
+        assert torch.equal(mine.permutation, theirs.permutation)
+        assert mine.after == pytest.approx(theirs.after, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
