@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NoReturn
 
 from kfac_prune.config import Recipe
@@ -32,7 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     who = f"kfac-prune (process {os.environ.get('RANK')})" if several else "kfac-prune"
     arguments = argparse.Namespace()
     try:
-        arguments = build_parser().parse_args(argv)
+        arguments, unknown = build_parser().parse_known_args(argv)
+        if unknown:
+            of = f"kfac-prune {arguments.command} --help"
+            raise InputError(f"unrecognized arguments: {' '.join(unknown)}; {of} lists the options")
         _check_texts(arguments)
         if several and arguments.command != "prune":
             raise InputError(f"{arguments.command} runs in one process; start it without a launcher")
@@ -231,15 +235,14 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def _quiet() -> bool:
-    """Progress bars only on a terminal; no chatter from transformers anywhere."""
+def _still() -> None:
+    """No chatter from transformers and the hub."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     hub_logging.set_verbosity_error()  # it reports every retry
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    return not sys.stderr.isatty()
 
 
 def _echo(text: str) -> None:
@@ -251,7 +254,8 @@ def _prune(arguments: argparse.Namespace) -> None:
     recipe = Recipe(**{**fields, **_given(arguments)})
     from kfac_prune.pipeline import run
 
-    run(recipe, processes=arguments.processes, echo=_echo, quiet=_quiet())
+    _still()
+    run(recipe, processes=arguments.processes, echo=_echo, quiet=False)
 
 
 def _estimate(arguments: argparse.Namespace) -> None:
@@ -259,7 +263,9 @@ def _estimate(arguments: argparse.Namespace) -> None:
     recipe = Recipe(**{"data": UNKNOWN, "out": UNKNOWN, **fields, **_given(arguments)})
     from kfac_prune.estimate import estimate, write_record
 
-    _quiet()
+    _still()
+    if arguments.json is not None and not Path(arguments.json).absolute().parent.is_dir():
+        raise InputError(f"--json is {arguments.json}, and that folder does not exist")
     found = estimate(recipe, arguments.card)
     _echo(found.table())
     if arguments.json is not None:
@@ -271,7 +277,8 @@ def _compare(arguments: argparse.Namespace) -> None:
     comparison = Comparison(recipe, arguments.methods, arguments.levels, arguments.seeds)
     from kfac_prune.compare import compare
 
-    compare(comparison, echo=_echo, quiet=_quiet())
+    _still()
+    compare(comparison, echo=_echo, quiet=False)
 
 
 def _eval(arguments: argparse.Namespace) -> None:
@@ -279,14 +286,15 @@ def _eval(arguments: argparse.Namespace) -> None:
     recipe = Recipe(**{**given, "out": UNKNOWN})  # checks types and ranges
     from kfac_prune.measurement import measure
 
-    _echo(measure(recipe, dense_source=arguments.dense, quiet=_quiet()))
+    _still()
+    _echo(measure(recipe, dense_source=arguments.dense, quiet=False))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
     given = _given(arguments)
     from kfac_prune.inspect_model import describe
 
-    _quiet()
+    _still()
     _echo(describe(given["model"], given.get("include", ()), given.get("ignore", ()),
                    trust_remote_code=given.get("trust_remote_code", False)))  # fmt: skip
 
@@ -294,7 +302,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
 def _demo(arguments: argparse.Namespace) -> None:
     from kfac_prune.demo import run_demo
 
-    run_demo(arguments.out, echo=_echo, quiet=_quiet())
+    _still()
+    run_demo(arguments.out, echo=_echo, quiet=False)
 
 
 def _theory(arguments: argparse.Namespace) -> None:

@@ -219,7 +219,8 @@ class Recipe:
             check_type(f, getattr(self, f.name))
         for name in ("model", "data", "out"):
             if not getattr(self, name).strip():
-                raise InputError(f"{name} is empty; say which {'folder' if name == 'out' else name} to use")
+                flag = "" if name == "model" else f" with --{name}"
+                raise InputError(f"{name} is empty; say{flag} which {'folder' if name == 'out' else name} to use")
         for name, least in (("samples", 1), ("eval_samples", 1), ("seqlen", 2), ("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")

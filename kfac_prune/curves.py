@@ -7,7 +7,6 @@ from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from kfac_prune import ranks
 from kfac_prune.allocate import LossCurve
@@ -16,6 +15,7 @@ from kfac_prune.models import Layer
 from kfac_prune.obs import FAST, Unstructured, saliency, solve
 from kfac_prune.operators import Curvature, Damping, Kronecker
 from kfac_prune.problems import Problems, owners
+from kfac_prune.progress import progress
 from kfac_prune.store import Journal
 
 #: Sparsities at which a layer's loss curve is computed.
@@ -45,7 +45,7 @@ def curves_of(
     """``loss_curves`` of problems whose method is K-FAC."""
     found = {}
     mine = [layer for layer, process in zip(layers, owners(layers), strict=True) if process == ranks.index()]
-    for layer in tqdm(mine, desc="loss curves", unit="layer", disable=quiet):
+    for layer in progress(mine, desc="loss curves", unit="layer", disable=quiet):
         finished = None if journal is None else journal.read(f"curve {layer.name}")
         if finished is None:
             weight, operator, _ = problems(layer)

@@ -153,7 +153,7 @@ def _text_of(row: Any, field: str, where: str) -> str:
     if isinstance(row, dict):
         if field not in row:
             fields = ", ".join(map(repr, row)) or "none"
-            raise InputError(f"{where} has no field {field!r}; its fields: {fields}; name the one that holds the text")
+            raise InputError(f"{where} has no field {field!r}; its fields: {fields}; name the text's with --text-field")
         text = row[field]
         where = f"{where}, field {field!r},"
     if not isinstance(text, str):

@@ -23,3 +23,11 @@ def shown(value: Any) -> str:
 def shorten(text: str, most: int) -> str:
     """A text of at most so many characters, and how many there were."""
     return text if len(text) <= most else f"{text[: most - 30]}... ({len(text):,} characters)"
+
+
+def reason(error: Exception) -> str:
+    """An error's first line, with the second where the first only announces it."""
+    if isinstance(error, KeyError):  # whose text is the key alone
+        return f"{error} is missing"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -13,6 +13,9 @@ from kfac_prune.experts import whole_experts
 from kfac_prune.models import load
 from kfac_prune.objective import modules_of, side_file
 
+#: File of a checkpoint that holds the code of a model with widths of its own.
+CODE = "pruned_model.py"
+
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Write configuration, safetensors shards with exact zeros, and tokenizer.
@@ -25,7 +28,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     if hasattr(model.config, "pruned_shapes"):
         code = Path(pruned_model.__file__).read_text(encoding="utf-8")
         base = type(model).__name__.removeprefix("Pruned")
-        (folder / "pruned_model.py").write_text(code.replace("@BASE@", base), encoding="utf-8")
+        (folder / CODE).write_text(code.replace("@BASE@", base), encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

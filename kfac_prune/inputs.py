@@ -14,6 +14,7 @@ from kfac_prune import ranks
 from kfac_prune.config import Recipe
 from kfac_prune.curvature.estimate import bypassed, participants
 from kfac_prune.data import (
+    Document,
     Windows,
     choose_texts,
     consecutive_windows,
@@ -22,9 +23,9 @@ from kfac_prune.data import (
     sequence_windows,
     token_stream,
 )
-from kfac_prune.errors import InputError
+from kfac_prune.errors import InputError, reason
 from kfac_prune.experts import split_experts
-from kfac_prune.models import Layer, context_length, load_model, load_tokenizer, prunable_layers, reason
+from kfac_prune.models import Layer, context_length, load_model, load_tokenizer, prunable_layers
 from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.offload import offload
 from kfac_prune.stream import BlockStack, find_writers
@@ -64,7 +65,7 @@ def load_inputs(recipe: Recipe, objective: Objective, echo: Callable[[str], None
         InputError: something cannot be used, or does not fit the rest.
     """
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
-    calibration, held_out = load_data(recipe, tokenizer, objective)
+    texts = read_texts(recipe)
     model = load_model(
         recipe.model,
         dtype=None if recipe.dtype == "auto" else recipe.dtype,
@@ -74,9 +75,13 @@ def load_inputs(recipe: Recipe, objective: Objective, echo: Callable[[str], None
     split_experts(model)
     if recipe.offload:
         offload(model, torch.device(recipe.device))
+    layers = prunable_layers(model, recipe.include, recipe.ignore)
+    if objective.unit == "token":
+        check_length(model, recipe.seqlen)
+    calibration, held_out = load_data(recipe, tokenizer, objective, texts)  # a long text takes its time
     check_tokens(model, calibration, held_out)
     check_runs(model, calibration, objective)
-    layers = called_layers(model, prunable_layers(model, recipe.include, recipe.ignore), calibration, objective, echo)
+    layers = called_layers(model, layers, calibration, objective, echo)
     if objective.unit == "sequence":
         layers = reached_layers(model, layers, calibration, objective, echo)
     return Inputs(model, tokenizer, layers, calibration, held_out)
@@ -100,29 +105,46 @@ def resolve_device(name: str) -> str:
     return name
 
 
+def read_texts(recipe: Recipe) -> tuple[list[Document], list[Document] | None]:
+    """The documents to calibrate on, and those to measure on where there are such.
+
+    Raises:
+        InputError: a text is missing or empty.
+    """
+    options: Any = {"separator": recipe.separator, "field": recipe.text_field}
+    documents = read_documents(recipe.data, **options)
+    return documents, read_documents(recipe.eval_data, **options, split="test") if recipe.eval_data else None
+
+
 def load_data(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, objective: Objective = CAUSAL
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    objective: Objective = CAUSAL,
+    texts: tuple[list[Document], list[Document] | None] | None = None,
 ) -> tuple[Windows, Windows]:
     """Calibration windows and held-out windows that share no text with them.
 
     For tokens they are cut out of the running text, the former at random starts; an objective per sequence has every
     document for a window of its own.
 
+    Args:
+        recipe: that names the texts.
+        tokenizer: of the model.
+        objective: that the model has.
+        texts: from ``read_texts``; None reads them.
+
     Raises:
         InputError: a text is missing, empty or too short.
     """
-    options: Any = {"separator": recipe.separator, "field": recipe.text_field}
-    documents = read_documents(recipe.data, **options)
+    documents, held_documents = texts or read_texts(recipe)
     if objective.unit == "sequence":
-        held_documents = read_documents(recipe.eval_data, **options, split="test") if recipe.eval_data else None
         counts = recipe.samples, recipe.eval_samples
         chosen = choose_texts(documents, held_documents, counts, recipe.seed, HELD_OUT)
         first, second = (sequence_windows(tokenizer, texts, recipe.seqlen) for texts in chosen)
         return first, second
     stream = token_stream(tokenizer, documents)
-    if recipe.eval_data is not None:
-        documents = read_documents(recipe.eval_data, **options, split="test")
-        held, name = token_stream(tokenizer, documents), recipe.eval_data
+    if held_documents is not None:
+        held, name = token_stream(tokenizer, held_documents), recipe.eval_data or ""
     else:
         cut = len(stream) - int(HELD_OUT * len(stream))
         stream, held, name = stream[:cut], stream[cut:], f"the last tenth of {recipe.data}"
@@ -138,18 +160,27 @@ def load_data(
     )
 
 
+def check_length(model: PreTrainedModel, length: int) -> None:
+    """The model can read so many tokens at a time.
+
+    Raises:
+        InputError: it cannot.
+    """
+    limit = context_length(model)
+    if limit is not None and length > limit:
+        raise InputError(f"--seqlen is {length}, and the model's context is {limit} tokens; lower --seqlen")
+
+
 def check_tokens(model: PreTrainedModel, *windows: Windows) -> None:
     """The model can read these windows: not longer than its context, no token outside its vocabulary.
 
     Raises:
         InputError: it cannot.
     """
-    limit = context_length(model)
     vocabulary = vocabulary_size(model)
     for one in windows:
-        length, largest = one.input_ids.shape[1], int(one.input_ids.max())
-        if limit is not None and length > limit:
-            raise InputError(f"--seqlen is {length}, and the model's context is {limit} tokens; lower --seqlen")
+        check_length(model, one.input_ids.shape[1])
+        largest = int(one.input_ids.max())
         if largest >= vocabulary:
             raise InputError(
                 f"the tokenizer gives token {largest}, and the model knows {vocabulary}; they do not belong together"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,6 +15,7 @@ from kfac_prune.curvature.estimate import fit_together
 from kfac_prune.curvature.factors import CURVATURE_BYTES
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
+from kfac_prune.experts import ExpertLinear
 from kfac_prune.inputs import finite_windows, has_writers, load_inputs
 from kfac_prune.inspect_model import coverage
 from kfac_prune.models import Layer, load_config
@@ -21,7 +23,7 @@ from kfac_prune.objective import Objective, find_objective
 from kfac_prune.quality import Quality
 from kfac_prune.reconstruction import own_steps
 from kfac_prune.report import Stages
-from kfac_prune.store import check_apart, check_output
+from kfac_prune.store import check_apart, check_output, work_folder, work_left
 from kfac_prune.structure.groups import Group
 from kfac_prune.structure.latency import latency_target
 from kfac_prune.structure.prune import Target, parameters_target, weights_target
@@ -66,6 +68,14 @@ def begin(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
         InputError: something about the input is wrong.
     """
     check_output(recipe.out, overwrite=recipe.overwrite)
+    left, folder = len(work_left(recipe.out)), work_folder(recipe.out)
+    if left and not recipe.resume and not recipe.overwrite:
+        raise InputError(
+            f"{folder} holds {left} finished parts of an interrupted run; add --resume to go on with it, or "
+            "--overwrite to begin anew"
+        )
+    if recipe.resume:
+        echo(f"going on from {left} finished parts in {folder}" if left else f"nothing to resume in {folder}")
     check_apart(recipe.out, {"model": recipe.model, "data": recipe.data, "eval_data": recipe.eval_data})
     config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
     objective = find_objective(recipe.objective, recipe.model, config)
@@ -81,6 +91,8 @@ def begin(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
         needed = int(room * model.get_memory_footprint()) + left
         check_output(recipe.out, overwrite=recipe.overwrite, need_bytes=needed)
     echo(coverage(model, layers))
+    for remark in _remarks(recipe, layers, calibration):
+        echo(remark)
     if model.device.type == "cpu" and model.dtype.itemsize < 4:
         name = str(model.dtype).removeprefix("torch.")
         echo(f"computes in {name}, which many CPUs multiply much slower than float32: --dtype float32 may save hours")
@@ -124,6 +136,20 @@ def begin(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
         loaded.held_out,
         skipped,
     )
+
+
+def _remarks(recipe: Recipe, layers: Sequence[Layer], calibration: Windows) -> Iterator[str]:
+    """What makes figures look better than they are."""
+    data, eval_data = Path(recipe.data), Path(recipe.eval_data or "")
+    if recipe.eval_data and data.exists() and data.resolve() == eval_data.resolve():
+        yield "data and eval_data are one text: the model is measured on what it is calibrated on"
+    plain = [layer for layer in layers if not isinstance(layer.module, ExpertLinear)]
+    widest = max(plain, key=lambda layer: layer.shape[1], default=None)
+    if widest is not None and calibration.tokens < widest.shape[1]:
+        yield (
+            f"the calibration has {calibration.tokens:,} tokens, fewer than {widest.name} has inputs "
+            f"({widest.shape[1]:,}): other text will lose more than predicted; add --samples"
+        )
 
 
 def target_of(job: Job, groups: Sequence[Group]) -> Target:

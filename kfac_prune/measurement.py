@@ -38,7 +38,8 @@ def measure(recipe: Recipe, *, dense_source: str | None = None, quiet: bool = Tr
     ]
     objective = objectives[0]
     if objectives[-1] != objective:
-        raise InputError(f"{recipe.model} computes {objective} and {dense_source} {objectives[-1]}; not comparable")
+        what = f"{recipe.model} computes {objective.name} and {dense_source} {objectives[-1].name}"
+        raise InputError(f"{what}, or not in the same way; they cannot be compared")
     causal = objective == CAUSAL
     if dense_source is None and not causal:
         raise InputError(

@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file
 
-from kfac_prune.errors import InputError, shown
+from kfac_prune.errors import InputError, reason, shown
 from kfac_prune.experts import routers
 from kfac_prune.pruned_model import with_own_widths
 
@@ -190,8 +190,7 @@ def prunable_layers(model: PreTrainedModel, include: Sequence[str] = (), ignore:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether a module computes ``x Wᵀ + b``: a subclass of nn.Linear with a forward pass of its own need not."""
-    forward = type(module).forward
-    return forward in (nn.Linear.forward, Conv1D.forward) or type(module).__name__ in PLAIN
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward) or type(module).__name__ in PLAIN
 
 
 def _classifier(model: PreTrainedModel) -> nn.Module | None:
@@ -212,14 +211,6 @@ def find_blocks(model: nn.Module, layers: Iterable[Layer]) -> tuple[list[str], l
             if count > best[0]:
                 best = (count, [f"{name}.{i}" for i in range(len(module))], list(module))
     return best[1], best[2]
-
-
-def reason(error: Exception) -> str:
-    """An error's first line, with the second where the first only announces it."""
-    if isinstance(error, KeyError):  # whose text is the key alone
-        return f"{error} is missing"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def load_config(source: str, *, trust_remote_code: bool = False) -> Any:

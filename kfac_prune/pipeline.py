@@ -21,7 +21,7 @@ from kfac_prune.curvature.factors import Factors
 from kfac_prune.curvature.sequences import SequenceFisher, check_memory
 from kfac_prune.errors import InputError
 from kfac_prune.experts import ExpertLinear
-from kfac_prune.export import save_model, save_side_files, verify_saved
+from kfac_prune.export import CODE, save_model, save_side_files, verify_saved
 from kfac_prune.inputs import resolve_device
 from kfac_prune.job import Job, Outcome, begin, target_of
 from kfac_prune.models import Layer, find_blocks, head_of, prunable_layers
@@ -81,7 +81,7 @@ def run(
         echo, quiet = _silent, True
     job = begin(recipe, echo, quiet)
     if not recipe.resume and ranks.leads():
-        clear_work(recipe.out)
+        clear_work(recipe.out)  # which was to be overwritten, if there was any
     outcome = _shrink(job) if recipe.structured else _mask(job)
     record = ranks.told(_written(job, outcome) if ranks.leads() else {})
     ranks.wait()  # for those that are still reading
@@ -103,6 +103,7 @@ def _written(job: Job, outcome: Outcome) -> dict[str, Any]:
         loading = {
             "head": head_of(job.model.config),
             "sentence_transformers": (folder / "modules.json").is_file(),
+            "own_code": (folder / CODE).is_file(),
         }
         record = result_record(
             recipe,

@@ -9,7 +9,6 @@ from itertools import repeat
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kfac_prune import ranks
@@ -17,6 +16,7 @@ from kfac_prune.data import Windows
 from kfac_prune.models import Layer, WeightSwap, prunable_layers
 from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.problems import PlannedLayer
+from kfac_prune.progress import progress
 from kfac_prune.quality import evaluate
 from kfac_prune.stream import BlockStack, begun_at, block_of
 
@@ -137,7 +137,7 @@ class Probe:
             groups.setdefault(block_of(layer, self._stack.names) if together else layer.name, []).append(i)
         found: dict[str, float] = {}
         own = ranks.share(list(groups.values()))
-        for members in tqdm(own, desc="probe", unit="block" if together else "layer", disable=quiet):
+        for members in progress(own, desc="probe", unit="block" if together else "layer", disable=quiet):
             some, made = [layers[i] for i in members], [planned[i] for i in members]
             predicted = sum(one.predicted for one in made)
             factor = max(self(some, made) / predicted, MIN_FACTOR) if predicted > 0 else 1.0

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from kfac_prune import ranks
 from kfac_prune.baselines import alps, sparsegpt, wanda
@@ -18,6 +17,7 @@ from kfac_prune.curvature.sequences import STATISTICS, SequenceFisher, SequenceM
 from kfac_prune.models import Layer
 from kfac_prune.obs import NM, THOROUGH, AdmmSchedule, Pattern, Unstructured, solve
 from kfac_prune.operators import Curvature, Damping, DampingRecord, Kronecker, quadratic_loss
+from kfac_prune.progress import progress
 from kfac_prune.store import Journal
 
 #: How a layer can be pruned: by one of the curvatures, or by a method of the field.
@@ -227,7 +227,7 @@ def solved(
     """
     owner = owners(layers)
     mine = [number for number, process in enumerate(owner) if process == ranks.index()]
-    made = {number: solve(number) for number in tqdm(mine, desc=label, unit="layer", disable=quiet)}
+    made = {number: solve(number) for number in progress(mine, desc=label, unit="layer", disable=quiet)}
     return [agreed(made.get(number), layer, owner[number]) for number, layer in enumerate(layers)]
 
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kfac_prune import ranks
 from kfac_prune.data import WindowBatch, Windows
 from kfac_prune.errors import InputError
 from kfac_prune.objective import CAUSAL, Objective, Tokens
+from kfac_prune.progress import progress
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def evaluate(
     if not alone:
         batches = ranks.share(batches)
     seen = sum(len(batch.input_ids) for _, batch in batches)
-    with torch.inference_mode(), tqdm(total=seen, desc=label, unit="seq", disable=quiet) as bar:
+    with torch.inference_mode(), progress(total=seen, desc=label, unit="seq", disable=quiet) as bar:
         for index, batch in batches:
             q = compared(model, batch, objective)
             units += len(q)

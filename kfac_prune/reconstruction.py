@@ -17,7 +17,6 @@ from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kfac_prune import ranks
@@ -28,6 +27,7 @@ from kfac_prune.errors import InputError
 from kfac_prune.offload import resident
 from kfac_prune.operators import Damping
 from kfac_prune.plan import Plan
+from kfac_prune.progress import progress
 from kfac_prune.store import Journal, content_hash
 from kfac_prune.stream import BlockStack, Shelf
 from kfac_prune.sublayers import Unit, sublayers
@@ -79,7 +79,7 @@ def metrics(factors: Factors, damping: Damping, unit: Unit) -> dict[str, Tensor]
 def table(records: Sequence[Reconstructed]) -> str:
     """Block by block: held-out objective before and after, and seconds, as aligned text."""
     width = max([len("reconstructed"), *(len(record.name) for record in records)])
-    note = "(held-out, nats as above; the last block's is the KL)"
+    note = "(on windows that it was not trained on, units as above; the last block's is the loss itself)"
     lines = [f"{'reconstructed':{width}}    before     after  learning rate  seconds   {note}"]
     lines += [
         f"{r.name:{width}}  {r.before:8.6f}  {r.after:8.6f}  {r.learning_rate:13.2g}  {r.seconds:7.1f}" for r in records
@@ -167,7 +167,7 @@ def reconstruct(
     dense_stream, stream = list(dense_stack.entries), list(dense_stack.entries)
     records: list[Reconstructed] = []
     rate = None
-    with tqdm(total=len(stack.names), desc="reconstruct", unit="block", disable=quiet) as bar:
+    with progress(total=len(stack.names), desc="reconstruct", unit="block", disable=quiet) as bar:
         for index in range(len(stack.names)):
             with dense():
                 parts, dense_stream = sublayers(dense_stack, stack, index, dense_stream, metric, settings.unit)
@@ -182,7 +182,7 @@ def reconstruct(
                     record = _journaled(problem, rate, settings, journal, f"{len(records):04} {part.name}")
                 records.append(record)
                 rate = rate or record.learning_rate or None
-                bar.set_postfix_str(f"{record.name} {record.before:.2e} -> {record.after:.2e}")
+                bar.set_postfix_str(f"{record.name} {record.before:.2e} -> {record.after:.2e}", refresh=False)
             with torch.no_grad():
                 stream = [stack.keep(stack.run(index, batch, x)) for batch, x in enumerate(stream)]
             bar.update(1)

@@ -18,7 +18,6 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kfac_prune.block_training import HELD_OUT
@@ -27,6 +26,7 @@ from kfac_prune.errors import InputError
 from kfac_prune.masked_training import MaskedParameters, mean_everywhere
 from kfac_prune.models import Layer, only_trained
 from kfac_prune.objective import CAUSAL, Objective
+from kfac_prune.progress import progress
 from kfac_prune.quality import compared
 from kfac_prune.reconstruction import step_windows
 
@@ -118,7 +118,7 @@ def recover(
     kept = problem.weights.values()
     per_epoch = len(train) // size  # the few windows over change with every epoch
     best_epoch, passes, rate = 0, 0, RATE
-    bar = tqdm(total=epochs * per_epoch, desc="recover", unit="step", disable=quiet)
+    bar = progress(total=epochs * per_epoch, desc="recover", unit="step", disable=quiet)
 
     def epochs_at(rate: float) -> Iterator[float]:
         """Train from the kept weights at a rate; the held-out KL after every epoch."""

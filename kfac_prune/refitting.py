@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kfac_prune import ranks
@@ -29,6 +28,7 @@ from kfac_prune.obs import Pattern, Unstructured, compensate, select
 from kfac_prune.operators import Damping, Kronecker
 from kfac_prune.plan import Plan
 from kfac_prune.problems import PlannedLayer, agreed
+from kfac_prune.progress import progress
 from kfac_prune.stream import BlockStack, Writer, find_writers, observed
 
 logger = logging.getLogger("kfac_prune")
@@ -173,7 +173,7 @@ def refit_moments(
         quiet: show no progress bar.
     """
     dense_stream, pruned_stream = list(dense_stack.entries), list(dense_stack.entries)
-    for index, block in enumerate(tqdm(stack.names, desc="refit", unit="block", disable=quiet)):
+    for index, block in enumerate(progress(stack.names, desc="refit", unit="block", disable=quiet)):
         inside = dense_stack.inside(index)
         with dense():
             writers = find_writers(dense_stack, index, dense_stream[0], inside)

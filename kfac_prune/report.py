@@ -283,9 +283,6 @@ def model_card(recipe: Recipe, record: dict[str, Any]) -> str:
             f"removed and the remaining weights adjusted\n{how},\n"
             f"{record['calibration']['tokens']:,} calibration tokens)."
         )
-        if record["widths"] == "per-layer":
-            loads = "Its blocks have widths of their own, so its code comes with it (or use `kfac_prune.load`):"
-            load = load.replace('("THIS_FOLDER")\n', '("THIS_FOLDER", trust_remote_code=True)\n', 1)
         note = ""
     else:
         pattern = "" if recipe.pattern == "unstructured" else f" in the pattern {recipe.pattern}"
@@ -302,6 +299,9 @@ def model_card(recipe: Recipe, record: dict[str, Any]) -> str:
             f"allocation `{record['allocation']}`, {record['calibration']['tokens']:,} calibration tokens)."
         )
         note = " Zeros alone make a model neither smaller nor faster on a server without kernels for their\npattern."
+    if record["own_code"]:
+        loads = "Its blocks have widths of their own, so its code comes with it (or use `kfac_prune.load`):"
+        load = load.replace('("THIS_FOLDER")\n', '("THIS_FOLDER", trust_remote_code=True)\n', 1)
     return f"""---
 {base}library_name: transformers
 pipeline_tag: {task}
@@ -319,7 +319,7 @@ tags: {tags}
 {loads}
 
 {load}
-`recipe.yaml` repeats the run (`kfac-prune prune --recipe recipe.yaml`); `kfac_prune.json` holds every figure.{note}
+`kfac-prune prune --recipe recipe.yaml --out ANOTHER` repeats the run; `kfac_prune.json` holds every figure.{note}
 """
 
 

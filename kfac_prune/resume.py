@@ -163,7 +163,7 @@ def read_planned(journal: Journal, model: PreTrainedModel) -> Planned | None:
         for row in (row for row in found[1]["layers"] if row["solved"] is not None):
             solved = journal.read(row["solved"])
             if solved is None:
-                raise InputError(f"{journal.folder} has lost {row['solved']} of a plan; run without --resume")
+                raise InputError(f"{journal.folder} has lost {row['solved']} of a plan; run with --overwrite instead")
             found[0].update({f"{name} {row['name']}": tensor for name, tensor in solved[0].items()})
     everywhere = _sent(found)
     if everywhere is None:

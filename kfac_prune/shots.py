@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kfac_prune import ranks
@@ -35,6 +34,7 @@ from kfac_prune.obs import Pattern, Unstructured, newton_point, solve
 from kfac_prune.operators import Damping, Kronecker
 from kfac_prune.plan import Plan
 from kfac_prune.problems import PlannedLayer, solved
+from kfac_prune.progress import progress
 from kfac_prune.quality import evaluate
 
 #: Where the recipe leaves them open: shots of a plan that is predicted to lose more than so many nats per unit of the
@@ -139,7 +139,7 @@ def correct(
     by_name = {layer.name: layer for layer in layers}
     layers = [by_name[planned.name] for planned in present]
     best = kl(held_out)
-    for number in tqdm(range(1, corrections + 1), desc="shots", unit="shot", disable=quiet):
+    for number in progress(range(1, corrections + 1), desc="shots", unit="shot", disable=quiet):
         factors = estimate_factors(model, layers, fit, fisher=fisher, seed=seed + number, **options)
         gradients = kl_gradient(model, layers, fit, dense, **options)
         problems = [  # an expert that the pruned model sends no token to stays as it is

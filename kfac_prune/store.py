@@ -91,20 +91,28 @@ def check_apart(out: str, inputs: Mapping[str, str | None]) -> None:
             raise InputError(f"--out {out} is or holds the {name} {source}, which would be lost; choose another folder")
 
 
+#: Names with which the files of a work folder begin; a plan goes before the layers that it refers to.
+STAGES = ("plan", "shrink", "reconstruction")
+
+
 def work_folder(out: str) -> Path:
     """Where a run that writes to ``out`` leaves what it has finished, until ``out`` is complete."""
     target = Path(out).expanduser().resolve()
     return target.with_name(f"{target.name}.work")
 
 
+def work_left(out: str) -> list[Path]:
+    """The finished parts that runs that write to ``out`` have left, a plan before the layers that it refers to."""
+    return [file for stage in STAGES for file in sorted(work_folder(out).glob(f"{stage}-*.safetensors"))]
+
+
 def clear_work(out: str) -> None:
     """Remove what runs that write to ``out`` have left in its work folder, and nothing else that may lie there."""
     folder = work_folder(out)
     if folder.is_dir():
-        for stage in ("plan", "shrink", "reconstruction"):
-            # in order, so that a plan goes before the layers that it refers to, should this be interrupted
-            for file in sorted((*folder.glob(f"{stage}-*.safetensors"), *folder.glob(f"{stage}-*.partial"))):
-                file.unlink()
+        partial = [file for stage in STAGES for file in folder.glob(f"{stage}-*.partial")]
+        for file in (*work_left(out), *partial):  # in order, should this be interrupted
+            file.unlink()
         for file in folder.glob(".tmp??????"):  # safetensors writes there first; one is left when it is killed
             file.unlink()
         if not any(folder.iterdir()):
@@ -195,7 +203,7 @@ def load_artifact(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, An
     """
     if not path.exists():
         return None
-    remedy = "delete it, or run without --resume"
+    remedy = "run with --overwrite instead of --resume"
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

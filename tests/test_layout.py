@@ -17,7 +17,7 @@ MAX_LINES = 400
 #: in one row does not know its neighbours.
 LAYERS = (
     ("errors", "memory", "figures", "reference"),
-    ("options",),
+    ("options", "progress"),
     ("reference_pcg",),
     ("kernels", "ranks"),
     ("backend",),

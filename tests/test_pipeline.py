@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -695,14 +696,75 @@ def test_parameters_that_were_asked_for(recipe):
         ("gpt2", {"structured": "heads"}, "use --structured ffn"),
         ("llama", {"structured": "ffn", "ignore": ("*.down_proj",)}, "no FFN of LlamaForCausalLM"),
         ("llama", {"structured": "ffn", "target_params": 10**6}, "--target-params is 1,000,000"),
+        (
+            "llama",
+            {"structured": "ffn", "target_params": 100},
+            r"-params must be \d,\d\d\d at least; ask for that",
+        ),
+        ("llama", {"structured": "ffn", "sparsity": 0.9}, r"so --sparsity can be 0\.5\d* at most; ask for that"),
     ],
-    ids=["heads", "ffn", "parameters"],
+    ids=["heads", "ffn", "parameters", "few parameters", "sparsity"],
 )
 def test_structured_runs_are_refused_before_the_work(model, fields, message, recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "evaluate", lambda *a, **k: pytest.fail("the work began"))
     with pytest.raises(InputError, match=message):
         run(recipe(model, **fields))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "most"),
+    [
+        ({"sparsity": 0.9}, r"--sparsity can be ([\d.]+) at most"),
+        ({"target_params": 99}, r"params must be ([\d,]+) at least"),
+    ],
+    ids=["sparsity", "parameters"],
+)
+def test_the_limit_that_is_told_can_be_reached(fields, most, recipe):
+    made = {"structured": "ffn", "reconstruct": 0, "shots": 1, "refit": False}
+    with pytest.raises(InputError) as refused:
+        run(recipe("llama", **made, **fields))
+    number = re.search(most, str(refused.value))[1].replace(",", "")
+    record = run(recipe("llama", **made, **{name: type(value)(number) for name, value in fields.items()}))
+    assert record["parameters"]["pruned"] < record["parameters"]["dense"]
+
+
+def test_what_was_cut_keeps_its_code_when_it_is_pruned(recipe, tmp_path):
+    """The model card of a sparse model whose blocks have widths of their own tells how to load it."""
+    run(recipe("llama", structured="ffn,heads", sparsity=0.4, widths="per-layer", shots=1))
+    made = recipe(str(tmp_path / "out"), out=str(tmp_path / "again"))
+    record = run(made)
+    assert record["own_code"]
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert 'from_pretrained("THIS_FOLDER", trust_remote_code=True)' in card
+    model = AutoModelForCausalLM.from_pretrained(made.out, trust_remote_code=True)
+    assert all(bool((layer.weight == 0).any()) for layer in prunable_layers(model))
+
+
+def test_what_flatters_the_figures_is_told(recipe, place, tmp_path):
+    told = []
+    (tmp_path / "short.txt").write_text((place / "text.txt").read_text()[:100])
+    text = str(tmp_path / "short.txt")
+    run(recipe(data=text, eval_data=text, samples=2, reconstruct=0), echo=told.append)
+    assert "data and eval_data are one text: the model is measured on what it is calibrated on" in told
+    few = [line for line in told if "fewer than model.layers.0.mlp.down_proj has inputs (48)" in line]
+    assert len(few) == 1
+    assert "the calibration has 32 tokens" in few[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"eval_data": "nowhere.txt"}, r"nowhere\.txt"),
+        ({"ignore": ("nothing.*",)}, r"the layer pattern 'nothing\.\*' matches none"),
+        ({"seqlen": 4096}, r"--seqlen is 4096, and the model's context is 256"),
+    ],
+    ids=["text", "pattern", "context"],
+)
+def test_what_needs_no_tokens_is_checked_before_there_are_any(fields, message, recipe, monkeypatch):
+    monkeypatch.setattr(inputs, "token_stream", lambda *a: pytest.fail("the text was tokenised"))
+    with pytest.raises(InputError, match=message):
+        run(recipe(**fields))
 
 
 # --- options

@@ -243,7 +243,23 @@ class TestFiles:
         with pytest.raises(InputError, match=r"plan-[a-z.-]+ is from another run: other model, data or options"):
             run(recipe(place, tmp_path / "out", resume=True, **changed))
 
-    def test_without_resume_it_goes(self, interrupted, place, tmp_path):
+    def test_without_resume_it_goes_if_it_may(self, interrupted, place, tmp_path):
         interrupted.write_bytes(b"broken")
-        run(recipe(place, tmp_path / "out"))
+        left = len(list(interrupted.parent.iterdir()))
+        message = (
+            rf"out\.work holds {left} finished parts of an interrupted run; add --resume to go on with it, or --over"
+        )
+        with pytest.raises(InputError, match=message):
+            run(recipe(place, tmp_path / "out"))
+        assert interrupted.read_bytes() == b"broken"
+        run(recipe(place, tmp_path / "out", overwrite=True))
         assert not interrupted.exists()
+
+    def test_what_is_resumed_is_told(self, interrupted, place, tmp_path):
+        told = []
+        run(recipe(place, tmp_path / "new", resume=True), echo=told.append)
+        assert told[0].startswith("nothing to resume in ")
+        told.clear()
+        left = len(list(interrupted.parent.iterdir()))
+        run(recipe(place, tmp_path / "out", resume=True), echo=told.append)
+        assert told[0] == f"going on from {left} finished parts in {interrupted.parent}"

@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 from kfac_prune.costs.work import Work, counted, total
 from kfac_prune.curvature.estimate import draw_all, frozen
 from kfac_prune.data import Windows
-from kfac_prune.errors import InputError
+from kfac_prune.errors import InputError, reason
 from kfac_prune.experts import MATRICES, can_be_split
-from kfac_prune.models import Layer, find_blocks, only_trained, prunable_layers, reason
+from kfac_prune.models import Layer, find_blocks, only_trained, prunable_layers
 from kfac_prune.objective import Objective
 from kfac_prune.products import approximately
 from kfac_prune.stream import BlockStack, observed

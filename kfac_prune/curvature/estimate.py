@@ -10,7 +10,6 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kfac_prune import ranks
@@ -25,6 +24,7 @@ from kfac_prune.fisher import FisherType
 from kfac_prune.memory import mapped
 from kfac_prune.models import Layer, find_blocks, only_trained
 from kfac_prune.objective import CAUSAL, Objective
+from kfac_prune.progress import progress
 
 #: Cotangents per window where the model has one output per sequence; where it has one per token, every token has one.
 SEQUENCE_DRAWS = 4
@@ -93,7 +93,7 @@ def estimate_factors(
     names, blocks = find_blocks(model, layers)
     keep = mapped if device.type == "cpu" else Tensor.cpu
     spans = [Span(group, names, blocks, keep) for group in groups[1:]]
-    with frozen(model), tqdm(total=seen, desc="curvature", unit="seq", disable=quiet) as bar:
+    with frozen(model), progress(total=seen, desc="curvature", unit="seq", disable=quiet) as bar:
         for group, span in zip(groups, [None, *spans], strict=True):
             observed = dict(zip(names, blocks, strict=True)) if span is None else {}
             capture = FactorCapture(group, observed, per_sequence=sequences is not None)

@@ -18,7 +18,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kfac_prune.curvature.estimate import draw_all, draws_per_window, frozen
@@ -31,6 +30,7 @@ from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.operators import BlockDiagonal, Curvature, Damping, DampingRecord, EigenKronecker, LowRank
 from kfac_prune.operators.damping import MAX_RELATIVE
 from kfac_prune.operators.eigen_kronecker import eigenbasis
+from kfac_prune.progress import progress
 
 SequenceMethod = Literal["woodfisher", "m-fac", "ek-fac"]
 #: Consecutive weights of a row that interact under WoodFisher (oBERT takes 50).
@@ -302,7 +302,7 @@ class SequenceFisher:
         passes = sequence_gradients(
             self.model, group, self.windows, objective=self.objective, fisher=self.fisher, seed=self.seed
         )
-        for gradients in tqdm(passes, desc="sequence gradients", total=count, unit="seq", disable=self._quiet):
+        for gradients in progress(passes, desc="sequence gradients", total=count, unit="seq", disable=self._quiet):
             for layer, gradient in zip(group, gradients, strict=True):
                 held[layer.name].add(gradient * per**-0.5)
         self._held = held

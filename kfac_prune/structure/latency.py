@@ -205,7 +205,10 @@ def latency_target(model: PreTrainedModel, groups: Sequence[Group], length: int,
         shapes = {group.name: tuple(group.everything().shape) for group in present}
         return sum(table.block(full[name]) - table.block(shapes[name]) for name in full)
 
-    return Target(dense.prefill_ms - wanted_ms, saving, saved, "ms")
+    def limit(most: float) -> str:
+        return f"--target-latency must be {dense.prefill_ms - most:.3g} ms at least"
+
+    return Target(dense.prefill_ms - wanted_ms, saving, saved, "ms", limit)
 
 
 def _key(model: PreTrainedModel, length: int, names: Sequence[str]) -> str:

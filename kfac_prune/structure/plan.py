@@ -9,7 +9,6 @@ from functools import partial
 from itertools import product
 
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kfac_prune import ranks
@@ -20,6 +19,7 @@ from kfac_prune.models import WeightSwap
 from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.operators import Curvature, Damping
 from kfac_prune.probe import Probe, last_few
+from kfac_prune.progress import progress
 from kfac_prune.structure.curves import MEASURED, Option, corrected, options_of
 from kfac_prune.structure.groups import AttentionHeads, Group, Member, consumers_of
 from kfac_prune.structure.removal import ColumnProblem, compensated
@@ -118,7 +118,7 @@ class Problem:
             few = last_few(windows, len(MEASURED) * len(self.groups), MEASURING_PASSES)
             probe = Probe(self.model, few, batch_size, self.objective)
         found = {}
-        for group in tqdm(ranks.share(self.groups), desc="cost curves", unit="group", disable=quiet):
+        for group in progress(ranks.share(self.groups), desc="cost curves", unit="group", disable=quiet):
             options = options_of(group, self.removal, multiple)
             if probe is not None:
                 options = corrected(options, partial(self.measured, group, probe=probe))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -52,12 +53,14 @@ class Target:
         saving: what giving a group a size saves.
         saved: what a model, itself cut from the dense one, has saved so far.
         unit: of all three, for messages.
+        limit: what may be asked for at most where so much can be saved, in the user's own terms.
     """
 
     amount: float
     saving: Saving
     saved: Callable[[PreTrainedModel], float]
     unit: str
+    limit: Callable[[float], str]
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,10 @@ def weights_target(model: PreTrainedModel, layers: Sequence[Layer], sparsity: fl
     def saved(smaller: PreTrainedModel) -> float:
         return total - sum(Layer(name, smaller.get_submodule(name)).weight.numel() for name in names)
 
-    return Target(sparsity * total, lambda group, option: option.saving, saved, "weights")
+    def limit(most: float) -> str:
+        return f"--sparsity can be {math.floor(1e4 * most / total) / 1e4:g} at most"
+
+    return Target(sparsity * total, lambda group, option: option.saving, saved, "weights", limit)
 
 
 def parameters_target(model: PreTrainedModel, layers: Sequence[Layer], wanted: int) -> Target:
@@ -173,7 +179,8 @@ def parameters_target(model: PreTrainedModel, layers: Sequence[Layer], wanted: i
     if wanted >= present:
         raise InputError(f"--target-params is {wanted:,}, and the model has {present:,} parameters; ask for fewer")
     total = sum(layer.weight.numel() for layer in layers)
-    return weights_target(model, layers, (present - wanted) / total)
+    target = weights_target(model, layers, (present - wanted) / total)
+    return replace(target, limit=lambda most: f"--target-params must be {present - int(most):,} at least")
 
 
 def prune_structured(
@@ -374,7 +381,7 @@ def _check_reach(groups: Sequence[Group], target: Target, multiple: int) -> None
         most += target.saving(group, Option(least, saving(group, least), 0.0))
     if most < target.amount * (1 - 1e-9):
         raise InputError(
-            f"the target asks to save {target.amount:,.6g} {target.unit}, which would leave nothing of "
-            f"{groups[0].name} and its kind: the {len(groups)} groups, each cut to the least, save {most:,.6g}; "
-            "lower the target or --multiple, or add groups to --structured"
+            f"to save {target.amount:,.6g} {target.unit} would leave nothing of {groups[0].name} and its kind: the "
+            f"{len(groups)} groups, each cut to the least, save {most:,.6g}, so {target.limit(most)}; ask for that, "
+            "lower --multiple, or add groups to --structured"
         )
