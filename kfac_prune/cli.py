@@ -157,9 +157,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("model", help="model to measure: a local folder or a hub id")
     evaluate.add_argument("--dense", help="the model before pruning, for KL(dense‖pruned); default: no KL")
-    for name in ("data", "objective", "separator", "text_field", "eval_samples", "seqlen", "batch_size", "device",
-                 "dtype", "trust_remote_code"):  # fmt: skip
-        _add_option(evaluate, _field(name), required=name == "data")
+    evaluate.add_argument("--data", required=True, help="text to measure on, of any kind that --data of prune takes")
+    for name in ("objective", "separator", "text_field", "eval_samples", "seqlen", "batch_size", "device", "dtype",
+                 "trust_remote_code"):  # fmt: skip
+        _add_option(evaluate, _field(name))
     evaluate.set_defaults(run=_eval)
 
     inspect = commands.add_parser(

@@ -271,7 +271,8 @@ def model_card(recipe: Recipe, record: dict[str, Any]) -> str:
     base = "" if Path(recipe.model).expanduser().is_dir() else f"base_model: {recipe.model}\n"
     shots = "one shot" if record.get("shots", 1) == 1 else f"{record['shots']} shots"
     kinds = {"reconstruction": "block-wise reconstruction", "recovery": "end-to-end distillation"}
-    trained = " ".join(f"and {kind}" for name, kind in kinds.items() if record[name]) or "without training"
+    trained = " and ".join(kind for name, kind in kinds.items() if record[name])
+    trained = f"with {trained}" if trained else "without training"
     how = f"in {shots}, {trained}, by kfac-prune {record['versions']['kfac-prune']} (method `{record['method']}`"
     load, task = _loading(record, recipe)
     seen = next(name for name in ("tokens", "sequences") if f"evaluation_{name}" in record)
