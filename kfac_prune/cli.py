@@ -266,7 +266,7 @@ def _estimate(arguments: argparse.Namespace) -> None:
 
     _still()
     if arguments.json is not None and not Path(arguments.json).absolute().parent.is_dir():
-        raise InputError(f"--json is {arguments.json}, and that folder does not exist")
+        raise InputError(f"{arguments.json} cannot be written: there is no such folder")
     found = estimate(recipe, arguments.card)
     _echo(found.table())
     if arguments.json is not None:

@@ -166,8 +166,9 @@ class TestStages:
             pytest.skip("done by the other number of processes")
         expected, record = alone["records"][name], several[0]["records"][name]
         assert record["processes"] == processes
-        # A and G differ by rounding, which decides between masks that are about as good, and so on from there
-        tolerance = 1e-6 if name == "diagonal" else 5e-2
+        # A and G differ by rounding, which decides between masks that are about as good, and so on from there; how
+        # alike training is from one mask is for ``check_two`` of test_reconstruction.py
+        tolerance = {"diagonal": 1e-6, "reconstruct": 0.1}.get(name, 5e-2)
         assert record["dense"]["loss"] == pytest.approx(expected["dense"]["loss"], rel=1e-6)
         for figure in ("kl_measured", "kl_predicted"):
             if figure in expected:
