@@ -652,7 +652,7 @@ class TestLatencyTarget:
         model, windows = llama
         layers = prunable_layers(model)
         target = latency_target(model, find_groups(model, layers, BOTH), 8, 1.0)
-        with pytest.raises(InputError, match=r"to save 19 ms .* of model\.layers\.0.* --target-latency must be 8\.6 ms"):
+        with pytest.raises(InputError, match=r"save 19 ms .* of model\.layers\.0.*-latency must be 8\.6 ms"):
             prune_structured(model, layers, windows, target, settings=Settings(multiple=8))
 
 
