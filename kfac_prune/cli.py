@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NoReturn
 
 from kfac_prune.config import Recipe
@@ -262,11 +261,11 @@ def _prune(arguments: argparse.Namespace) -> None:
 def _estimate(arguments: argparse.Namespace) -> None:
     fields = read_recipe(arguments.recipe) if arguments.recipe else {}
     recipe = Recipe(**{"data": UNKNOWN, "out": UNKNOWN, **fields, **_given(arguments)})
-    from kfac_prune.estimate import estimate, write_record
+    from kfac_prune.estimate import check_record, estimate, write_record
 
     _still()
-    if arguments.json is not None and not Path(arguments.json).absolute().parent.is_dir():
-        raise InputError(f"{arguments.json} cannot be written: there is no such folder")
+    if arguments.json is not None:
+        check_record(arguments.json)
     found = estimate(recipe, arguments.card)
     _echo(found.table())
     if arguments.json is not None:

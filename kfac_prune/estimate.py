@@ -241,6 +241,20 @@ def _tokenizing(recipe: Recipe) -> float | None:
     return len(text.encode()) / max(time.process_time() - begin, 1e-6)
 
 
+def check_record(file: str) -> None:
+    """Make sure, before the work, that a file for the figures has a folder.
+
+    Raises:
+        InputError: it has none.
+    """
+    try:
+        exists = Path(file).expanduser().parent.is_dir()
+    except (OSError, RuntimeError) as error:  # no permission to look, no such ~user
+        raise InputError(f"--json {file} cannot be written: {error}") from error
+    if not exists:
+        raise InputError(f"--json {file} cannot be written: there is no such folder")
+
+
 def write_record(found: Estimate, file: str) -> None:
     """Write an estimate's figures as JSON.
 

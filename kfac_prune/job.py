@@ -108,11 +108,12 @@ def begin(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
         raise InputError(
             f"{ranks.count()} processes share {len(calibration)} calibration windows; add --samples, or start fewer"
         )
-    if recipe.shots != 1 and not recipe.structured and not fit_together(layers, model.device):
+    elsewhere = recipe.structured or recipe.offload or recipe.max_memory is not None  # with rules of their own
+    if recipe.shots != 1 and not elsewhere and not fit_together(layers, model.device):
         what = "the curvature of all layers at a time takes more than half of the memory that is free on the GPU"
         if recipe.shots is not None:
             raise InputError(f"shots is {recipe.shots}, and {what}; use shots 1")
-        if not (recipe.reconstruct or recipe.offload or recipe.max_memory):
+        if not recipe.reconstruct:
             echo(f"one shot: {what}")
         recipe = replace(recipe, shots=1)
     if recipe.reconstruct:

@@ -44,6 +44,7 @@ from kfac_prune.report import (
 )
 from kfac_prune.shots import Correction, correct, shots_of
 from kfac_prune.store import clear_work, new_folder, work_folder
+from kfac_prune.stream import block_of
 from kfac_prune.structure.latency import speeds
 from kfac_prune.structure.prune import Settings, Shrunk, find_groups, prune_structured
 from kfac_prune.structure.repair import reconstruct_smaller
@@ -358,7 +359,7 @@ def _observed(job: Job) -> list[Layer]:
         width = model.config.get_text_config().hidden_size
         return [layer for layer in layers if layer.shape[0] == width]  # all that write into the stream, and others
     names, _ = find_blocks(model, layers)
-    inside = [layer for layer in layers if any(layer.name.startswith(f"{name}.") for name in names)]
+    inside = [layer for layer in layers if block_of(layer, names) >= 0]
     return [min(inside, key=lambda layer: sum(layer.shape))]  # any of them says where the blocks are
 
 

@@ -19,29 +19,38 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 STORIES = {"separator": "\n\n"}
-#: Model, text, and the options of the run.
-CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "stories260K": ("stories260K", "tinystories", {**STORIES, "samples": 64, "reconstruct": 4}),
-    "babyllama-24": (
-        "babyllama-tok361",
-        "tinystories",
-        {**STORIES, "pattern": "2:4", "permute": False, "reconstruct": 2},
-    ),
-    "wikitext2-llama": ("wikitext2-llama", "wikitext2", {"reconstruct": 0, "refit": False, "shots": 1}),
+#: What README calls it, model, text, and the options of the run; in the order of README's table.
+CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "wikitext2-llama-short": (
+        "wikitext2-llama, 32 windows, uniform, 4 epochs",
         "wikitext2-llama",
         "wikitext2",
         {"samples": 32, "reconstruct": 4, "allocation": "uniform"},
     ),
-    "babyllama": ("babyllama-tok361", "tinystories", {**STORIES, "samples": 64, "reconstruct": 4}),
-}
-#: What README calls them.
-LABELS = {
-    "wikitext2-llama-short": "wikitext2-llama, 32 windows, uniform, 4 epochs",
-    "stories260K": "stories260K, 64 windows, 4 epochs",
-    "babyllama": "babyllama-tok361, 64 windows, 4 epochs",
-    "babyllama-24": "babyllama-tok361, 2:4, no permutation, 2 epochs",
-    "wikitext2-llama": "wikitext2-llama, 128 windows, no repair",
+    "stories260K": (
+        "stories260K, 64 windows, 4 epochs",
+        "stories260K",
+        "tinystories",
+        {**STORIES, "samples": 64, "reconstruct": 4},
+    ),
+    "babyllama": (
+        "babyllama-tok361, 64 windows, 4 epochs",
+        "babyllama-tok361",
+        "tinystories",
+        {**STORIES, "samples": 64, "reconstruct": 4},
+    ),
+    "babyllama-24": (
+        "babyllama-tok361, 2:4, no permutation, 2 epochs",
+        "babyllama-tok361",
+        "tinystories",
+        {**STORIES, "pattern": "2:4", "permute": False, "reconstruct": 2},
+    ),
+    "wikitext2-llama": (
+        "wikitext2-llama, 128 windows, no repair",
+        "wikitext2-llama",
+        "wikitext2",
+        {"reconstruct": 0, "refit": False, "shots": 1},
+    ),
 }
 BEGIN, END = "<!-- estimate table: begin -->", "<!-- estimate table: end -->"
 
@@ -58,7 +67,7 @@ def main() -> None:
     from benchmark_quality import put_row, read_rows, replace_between
 
     for case in [] if arguments.table else arguments.cases:
-        model, text, options = CASES[case]
+        _, model, text, options = CASES[case]
         folder = arguments.reference
         given = {
             "model": str(folder / "models" / model),
@@ -165,11 +174,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|",
     ]
     cells = {row["case"]: row for row in rows}
-    for case in [case for case in LABELS if case in cells]:
-        row = cells[case]
+    for label, row in [(label, cells[case]) for case, (label, *_) in CASES.items() if case in cells]:
         seconds = f"{row['estimated_seconds']:.1f} / {row['seconds']:.1f} | {row['time_ratio']:.2f}"
         peak = f"{row['estimated_peak_bytes'] / 1e6:.0f} / {row['peak_bytes'] / 1e6:.0f} MB | {row['memory_ratio']:.2f}"
-        lines.append(f"| {LABELS[case]} | {seconds} | {peak} |")
+        lines.append(f"| {label} | {seconds} | {peak} |")
     return "\n".join(lines)
 
 

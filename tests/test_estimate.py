@@ -355,6 +355,20 @@ def test_this_device(source, capsys):
 
 
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
+def test_figures_go_to_the_home_folder(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["estimate", source, "--for", "h100", "--seqlen", "16", "--json=~/figures.json"]) == 0
+    assert json.loads((tmp_path / "figures.json").read_text())["fits"]
+
+
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+def test_a_file_that_cannot_be_written_is_noticed_before_the_work(source, monkeypatch, capsys):
+    monkeypatch.setattr(estimate_module, "estimate", lambda *a: pytest.fail("the work began"))
+    assert main(["estimate", source, "--for", "h100", "--json", "no/such/folder/file.json"]) == 2
+    assert "--json no/such/folder/file.json cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

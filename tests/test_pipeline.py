@@ -654,6 +654,12 @@ def test_further_shots_need_the_curvature_of_all_layers_at_a_time(recipe, monkey
     assert "- curvature" not in told
 
 
+def test_a_user_who_says_how_much_memory_there_is_is_believed(recipe, monkeypatch):
+    """Half of what is free would hold no layer."""
+    monkeypatch.setattr(estimate, "_half_of_free", lambda device: 4)
+    assert run(recipe("llama", max_memory=1.0))["shots"] == 1
+
+
 def test_too_few_windows_for_the_processes_are_noticed_before_the_work(recipe, monkeypatch):
     monkeypatch.setattr(ranks, "join", lambda *processes: None)
     monkeypatch.setattr(ranks, "count", lambda: 16)

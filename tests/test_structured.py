@@ -654,6 +654,7 @@ class TestLatencyTarget:
         target = latency_target(model, find_groups(model, layers, BOTH), 8, 1.0)
         with pytest.raises(InputError, match=r"save 19 ms .* of model\.layers\.0.*-latency must be 8\.6 ms"):
             prune_structured(model, layers, windows, target, settings=Settings(multiple=8))
+        assert target.limit(11.39999) == "--target-latency must be 8.601 ms at least"  # 8.6 would be too little
 
 
 def test_the_cheapest_of_the_sizes_that_suffice_is_taken():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import time
@@ -206,7 +207,7 @@ def latency_target(model: PreTrainedModel, groups: Sequence[Group], length: int,
         return sum(table.block(full[name]) - table.block(shapes[name]) for name in full)
 
     def limit(most: float) -> str:
-        return f"--target-latency must be {dense.prefill_ms - most:.3g} ms at least"
+        return f"--target-latency must be {math.ceil(1e3 * (dense.prefill_ms - most) - 1e-6) / 1e3:.10g} ms at least"
 
     return Target(dense.prefill_ms - wanted_ms, saving, saved, "ms", limit)
 
