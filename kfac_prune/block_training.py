@@ -150,7 +150,7 @@ class BlockTraining:
     def solve(self, rate: float | None, settings: Reconstruction) -> Reconstructed:
         """Train at a rate, or at one that is searched first; keep the state that is best where held out.
 
-        A block that its rate does not help searches a lower one, for itself.
+        A block that its rate does not help halves it, for itself.
         """
         begin = time.perf_counter()
         start = self.weights.values()
@@ -163,7 +163,7 @@ class BlockTraining:
             )
         loss, kept, chosen = before, start, 0.0
 
-        @cache  # a second search may come to the rates of the first
+        @cache  # with one epoch a trial is a whole training
         def attempt(rate: float, epochs: int) -> float:
             nonlocal loss, kept, chosen
             now, state = self._descend(rate, start, before, replace(settings, epochs=epochs))
@@ -172,17 +172,20 @@ class BlockTraining:
             return now
 
         if before > LEAST:
-            rate = rate or _search(RATE, before, attempt)
-            if not attempt(rate, settings.epochs) < before:
+            rate = rate or _search(before, attempt)
+            while not attempt(rate, settings.epochs) < before and rate / 2 >= LOWEST:
                 logger.info("reconstruct: %s: a learning rate of %.3g does not help", self.part.name, rate)
-                attempt(_search(rate / 2, before, attempt), settings.epochs)
+                rate /= 2
         self.weights.assign(kept)
         return Reconstructed(self.part.name, before, loss, chosen, time.perf_counter() - begin)
 
     def _descend(
         self, rate: float, start: list[Tensor], before: float, settings: Reconstruction
     ) -> tuple[float, list[Tensor]]:
-        """The lowest held-out objective of one training, and the weights that gave it; given up where it diverges."""
+        """The lowest held-out objective of one training, and the weights that gave it.
+
+        It is given up where it is no lower after an epoch than at the start.
+        """
         self.weights.assign(start)
         copies = self.weights.copies()
         optimizer = torch.optim.Adam(copies, lr=rate, betas=BETAS, fused=True)
@@ -201,7 +204,7 @@ class BlockTraining:
                 now = self._objective()
                 if now < best:
                     best, kept = now, self.weights.values()
-                if not now < 2 * before:  # diverges
+                if not now < before:  # too fast: half the rate helps more
                     break
         return best, kept
 
@@ -236,12 +239,12 @@ class BlockTraining:
         return 0.5 * ((delta @ self._metric.float()) * delta).sum(), len(delta)
 
 
-def _search(rate: float, before: float, attempt: Callable[[float, int], float]) -> float:
-    """Twice the best of this learning rate, half of it, and so on, in trials of one epoch; this one at most.
+def _search(before: float, attempt: Callable[[float, int], float]) -> float:
+    """Twice the best of ``RATE``, half of it, and so on, in trials of one epoch; ``RATE`` at most.
 
     The search ends where a rate is no better than the one before it and that one has helped.
     """
-    best, found, most = math.inf, rate, rate
+    rate, best, found = RATE, math.inf, RATE
     while rate >= LOWEST:
         now = attempt(rate, 1)
         if best < before and not now < best:
@@ -249,4 +252,4 @@ def _search(rate: float, before: float, attempt: Callable[[float, int], float]) 
         if now < best:
             best, found = now, rate
         rate /= 2
-    return min(2 * found, most)
+    return min(2 * found, RATE)
