@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from kfac_prune.errors import InputError
-from kfac_prune.masked_training import MaskedParameters, mean_everywhere
+from kfac_prune.masked_training import MaskedParameters, adam, mean_everywhere
 from kfac_prune.memory import arriving
 from kfac_prune.models import only_trained
 from kfac_prune.objective import CAUSAL, Objective
@@ -188,7 +188,7 @@ class BlockTraining:
         """
         self.weights.assign(start)
         copies = self.weights.copies()
-        optimizer = torch.optim.Adam(copies, lr=rate, betas=BETAS, fused=True)
+        optimizer = adam(copies, rate, BETAS)
         steps = settings.epochs * len(self._train)
         schedule = LambdaLR(optimizer, lambda step: 1 - (step / steps) ** 2)
         generator = torch.Generator().manual_seed(settings.seed)

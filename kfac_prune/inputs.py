@@ -310,6 +310,13 @@ def reached_layers(
     return taking_part
 
 
+def runs_blocks_once(model: PreTrainedModel, calibration: Windows) -> bool:
+    """No block of the model runs several times per pass, as ALBERT's does."""
+    first = next(calibration.batches(1))
+    stack = BlockStack(model, Windows(first.input_ids, first.attention_mask), 1)
+    return stack.calls_once()
+
+
 def has_writers(model: PreTrainedModel, calibration: Windows) -> bool:
     """Any layer of the first block adds its output to the residual stream, as the refit needs."""
     first = next(calibration.batches(1))

@@ -16,7 +16,7 @@ from kfac_prune.curvature.factors import CURVATURE_BYTES
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.experts import ExpertLinear
-from kfac_prune.inputs import finite_windows, has_writers, load_inputs
+from kfac_prune.inputs import finite_windows, has_writers, load_inputs, runs_blocks_once
 from kfac_prune.inspect_model import coverage
 from kfac_prune.models import Layer, load_config
 from kfac_prune.objective import Objective, find_objective
@@ -116,6 +116,10 @@ def begin(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
         if not recipe.reconstruct:
             echo(f"one shot: {what}")
         recipe = replace(recipe, shots=1)
+    if (recipe.reconstruct or recipe.refit) and not runs_blocks_once(model, calibration):
+        kind = type(model).__name__
+        echo(f"no refit and no reconstruction: {kind} runs a block several times, and they would see the first alone")
+        recipe = replace(recipe, reconstruct=0, refit=False)
     if recipe.reconstruct:
         own_steps(calibration)  # refused now rather than once the plan is made
     if recipe.refit and not has_writers(model, calibration):

@@ -59,7 +59,8 @@ class MaskedParameters:
     def differentiate(self, total: Tensor, count: int, copies: Sequence[Tensor]) -> Tensor:
         """Leave the gradient of a mean with the copies, zero off the masks; returns the mean.
 
-        It is the gradient by the parameters; that by the copies is a multiple of it, which Adam does not see.
+        It is that of the sum, by the parameters: multiples of the mean's and of that by the copies, which ``adam`` does
+        not see. (In float16 the gradient of the mean would underflow.)
 
         Args:
             total: the sum of a loss over a batch, with a graph.
@@ -69,12 +70,18 @@ class MaskedParameters:
         loss, everywhere = ranks.summed(torch.stack([total.detach(), total.new_tensor(count)]))[0].unbind()
         everywhere = everywhere.clamp_min(1)
         # an expert that no token of the batch reaches has no gradient
-        gradients = torch.autograd.grad(total / everywhere, self.parameters, allow_unused=True, materialize_grads=True)
-        for copy, gradient, mask in zip(copies, ranks.summed(*gradients), self._masks, strict=True):
+        found = torch.autograd.grad(total, self.parameters, allow_unused=True, materialize_grads=True)
+        # NCCL sends, and fused Adam reads, what lies in order
+        gradients = ranks.summed(*(gradient.contiguous() for gradient in found))
+        for copy, gradient, mask in zip(copies, gradients, self._masks, strict=True):
             gradient = gradient.float()
-            gradient = gradient if mask is None else gradient * mask
-            copy.grad = gradient.contiguous()  # fused Adam takes both for laid out alike
+            copy.grad = gradient if mask is None else gradient * mask
         return loss / everywhere
+
+
+def adam(copies: Sequence[Tensor], rate: float, betas: tuple[float, float]) -> torch.optim.Adam:
+    """Adam for copies of parameters, whose steps do not depend on the scale of a loss, however small that is."""
+    return torch.optim.Adam(copies, lr=rate, betas=betas, eps=1e-16, fused=True)
 
 
 def mean_everywhere(sums: Sequence[tuple[float, int]], device: torch.device) -> float:

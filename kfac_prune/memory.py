@@ -21,6 +21,17 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def reset_cuda_peaks() -> None:
+    """Count the peaks of all GPUs anew."""
+    for device in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def cuda_peak() -> int | None:
+    """Bytes that torch had allocated at the peak, on the GPU where that was most; None without CUDA."""
+    return max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())), default=None)
+
+
 @dataclass
 class Peak:
     """What a block of code took.
@@ -42,15 +53,13 @@ def peak_within() -> Iterator[Peak]:
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         began = True
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    reset_cuda_peaks()
     yield peak
     peak.resident = peak_memory_bytes()
     if began:
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
         peak.resident = int(status["VmHWM"].split()[0]) * 1024
-    if torch.cuda.is_available():
-        peak.cuda = torch.cuda.max_memory_allocated()
+    peak.cuda = cuda_peak()
 
 
 def mapped(tensor: Tensor) -> Tensor:

@@ -160,6 +160,7 @@ def permute_model(
     damping: Damping | None = None,
     kinds: Sequence[str] = KINDS,
     seed: int = 0,
+    known: Sequence[Permuted] | None = None,
 ) -> list[Permuted]:
     """Permute the model in place so that the pattern keeps more of the given layers, and their factors with it.
 
@@ -177,10 +178,16 @@ def permute_model(
         damping: of the factors; None is ``Damping()``.
         kinds: of spaces.
         seed: of the search.
+        known: what an earlier call with the same model and pattern gave, which is done again; None searches.
 
     Returns:
         The spaces that were permuted.
     """
+    if known is not None:
+        spaces = {(kind, space.name): space for kind in kinds for space in find_spaces(model, kind, pattern.m)}
+        for one in known:
+            _apply(spaces[one.kind, one.name], one.permutation, factors)
+        return list(known)
     names = {layer.name for layer in layers}
     expected = _output(model, windows, objective)
     rounding = max(torch.finfo(d).eps for d in (expected.dtype, torch.float32)) ** 0.5  # norms compute in float32
@@ -228,6 +235,7 @@ def _scores(layer: Layer, factors: Factors, method: Method, damping: Damping) ->
 
 def _apply(space: Space, permutation: Tensor, factors: Factors) -> None:
     """Permute every axis of a space, and the factors of its layers and of the stream."""
+    shared: tuple[Tensor, Tensor, Tensor] | None = None  # the last A, its order, A in it: other layers may read it
     if space.kind == "stream":
         for name, g in factors.streams.items():
             index = permutation.to(g.device)
@@ -244,11 +252,12 @@ def _apply(space: Space, permutation: Tensor, factors: Factors) -> None:
         if target.name in factors.layers:
             old = factors.layers[target.name]
             index = index.to(old.a.device)
-            factors.layers[target.name] = (
-                replace(old, g=old.g[index][:, index])
-                if axis.dim == 0
-                else replace(old, a=old.a[index][:, index], mean=old.mean[index])
-            )
+            if axis.dim == 0:
+                factors.layers[target.name] = replace(old, g=old.g[index][:, index])
+                continue
+            if shared is None or shared[0] is not old.a or not torch.equal(shared[1], index):
+                shared = old.a, index, old.a[index][:, index]
+            factors.layers[target.name] = replace(old, a=shared[2], mean=old.mean[index])
 
 
 @torch.no_grad()

@@ -77,14 +77,15 @@ def run(
         InputError: something about the input is wrong; nothing has been written.
     """
     ranks.join(recipe.device, processes)
-    recipe = replace(recipe.resolved(), device=resolve_device(recipe.device))
+    asked = recipe.device
+    recipe = replace(recipe.resolved(), device=resolve_device(asked))
     if not ranks.leads():
         echo, quiet = _silent, True
     job = begin(recipe, echo, quiet)
     if not recipe.resume and ranks.leads():
         clear_work(recipe.out)  # which was to be overwritten, if there was any
     outcome = _shrink(job) if recipe.structured else _mask(job)
-    record = ranks.told(_written(job, outcome) if ranks.leads() else {})
+    record = ranks.told(_written(job, outcome, asked) if ranks.leads() else {})
     ranks.wait()  # for those that are still reading
     return record
 
@@ -93,8 +94,11 @@ def _silent(text: str) -> None:
     """What the processes say that do not lead."""
 
 
-def _written(job: Job, outcome: Outcome) -> dict[str, Any]:
-    """Write the result, whole or not at all; returns the content of kfac_prune.json."""
+def _written(job: Job, outcome: Outcome, device: str) -> dict[str, Any]:
+    """Write the result, whole or not at all; returns the content of kfac_prune.json.
+
+    The recipe that is left asks for the device that was asked for, and replaces nothing.
+    """
     recipe, echo = job.recipe, job.echo
     with new_folder(recipe.out, overwrite=recipe.overwrite) as folder:
         with job.stages("save"):
@@ -116,7 +120,8 @@ def _written(job: Job, outcome: Outcome) -> dict[str, Any]:
             job.stages,
             own_part=loading | outcome.record,
         )
-        (folder / "recipe.yaml").write_text(replace(recipe, resume=False).to_yaml(), encoding="utf-8")
+        again = replace(recipe, device=device, resume=False, overwrite=False)
+        (folder / "recipe.yaml").write_text(again.to_yaml(), encoding="utf-8")
         (folder / "kfac_prune.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card(recipe, record), encoding="utf-8")
     clear_work(recipe.out)
@@ -135,6 +140,9 @@ def _planned(job: Job, estimate: Callable[[], Factors], pattern: NM | None, damp
     journal = resume.journal_of(recipe, model, job.calibration)
     if recipe.resume and (finished := resume.read_planned(journal, model)) is not None:
         job.echo("- plan: as the interrupted run left it")
+        if resume.needs_layers(recipe) and not finished.factors.layers:
+            with stages("curvature"):
+                finished = finished._replace(factors=estimate())
         return finished
     if method in SEQUENCE_METHODS:
         check_memory(method, layers, job.calibration, job.objective)
@@ -162,7 +170,9 @@ def _planned(job: Job, estimate: Callable[[], Factors], pattern: NM | None, damp
                 method="layerwise" if method in BASELINES else "kfac" if method in SEQUENCE_METHODS else method,
                 damping=damping,
                 seed=recipe.seed,
+                known=resume.read_order(journal),
             )
+            resume.write_order(journal, permuted)
     sequences = None
     if method in SEQUENCE_METHODS:
         sequences = SequenceFisher(
@@ -236,16 +246,9 @@ def _mask(job: Job) -> Outcome:
     if recipe.refit and plan.sparsity > 0:
         with stages("refit"):
             plan, refitted = refit(
-                model,
-                layers,
-                plan,
-                factors,
-                job.calibration,
-                dense.swapped_in,
-                pattern=pattern,
-                damping=damping,
-                **options,
-            )
+                model, layers, plan, factors, job.calibration, dense.swapped_in,
+                pattern=pattern, damping=damping, **options,
+            )  # fmt: skip
     if recipe.reconstruct_unit == "block":  # what follows asks for the streams' alone
         factors = replace(factors, layers={})
     corrected: list[Correction] = []
@@ -324,15 +327,9 @@ def _shrink(job: Job) -> Outcome:
         with stages("reconstruct"):
             factors = _factors(job, _observed(job))
             reconstructed = reconstruct_smaller(
-                model,
-                best.model,
-                job.layers,
-                factors,
-                job.calibration,
-                _reconstruction(job),
-                shelf=shelf,
-                quiet=job.quiet,
-            )
+                model, best.model, job.layers, factors, job.calibration, _reconstruction(job),
+                shelf=shelf, quiet=job.quiet,
+            )  # fmt: skip
         job.echo(table(reconstructed))
     smaller = [Layer(layer.name, best.model.get_submodule(layer.name)) for layer in job.layers]
     recovery = _recover(job, best.model, smaller, model)

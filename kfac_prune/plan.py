@@ -243,7 +243,8 @@ def _by_outliers(layers: Sequence[Layer], factors: Factors, sparsity: float) -> 
     blocks: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
     for layer in layers:
         block = next((name for name in factors.streams if layer.name.startswith(f"{name}.")), layer.name)
-        blocks.setdefault(block, {})[layer.name] = layer.weight, factors.layers[layer.name].a.diagonal().clone()
+        squares = factors.layers[layer.name].a.diagonal().clone()
+        blocks.setdefault(block, {})[layer.name] = layer.weight.to(squares.device), squares
     return owl(blocks, sparsity)
 
 

@@ -51,7 +51,8 @@ class Probe:
     presumably fails. Left uncorrected, just these layers look cheap and are given up.
 
     The dense residual stream before every block is kept, so that a measurement runs only the blocks from the layer's
-    own on. So is what the dense model gives, unless that is large: then its last block runs again.
+    own on; models that run a block several times run as a whole. So is what the dense model gives, unless that is
+    large: then its last block runs again.
 
     Args:
         model: dense at this moment.
@@ -67,10 +68,14 @@ class Probe:
         self._stack = stack = BlockStack(model, windows, batch_size)
         self._batches = [Windows(batch.input_ids, batch.attention_mask) for batch in windows.batches(batch_size)]
         self._streams = [stack.entries]  # [block][batch]
+        self._outputs: list[Tensor] | None = None  # rows of every batch
+        self._whole = not stack.calls_once()
+        if self._whole:
+            return
         with torch.no_grad():
             for block in range(len(stack.names) - 1):
                 self._streams.append([stack.keep(stack.run(block, i, x)) for i, x in enumerate(self._streams[-1])])
-        self._outputs: list[Tensor] | None = []  # rows of every batch
+        self._outputs = []
         with torch.inference_mode():
             for index, stream in enumerate(self._streams[-1]):
                 self._outputs.append(stack.compared(objective, len(stack.names) - 1, index, stream))
@@ -146,8 +151,8 @@ class Probe:
 
     @contextmanager
     def _begun(self, block: int, batch: int) -> Iterator[None]:
-        """Forward passes of a batch begin at a block; at −1, of layers outside all blocks, they are whole."""
-        if block < 0:
+        """Forward passes of a batch begin at a block; they are whole at −1, of layers outside all blocks."""
+        if block < 0 or self._whole:
             yield
             return
         with begun_at(self._stack, block, repeat(self._streams[block][batch])):

@@ -55,6 +55,11 @@ def own_steps(windows: Windows) -> tuple[Windows, int]:
     """
     size, processes = step_windows(windows), ranks.count()
     if processes == 1:
+        if len(windows) < 2:
+            raise InputError(
+                "reconstruction holds a tenth of the calibration windows out and there is one; add --samples, or use "
+                "--reconstruct 0"
+            )
         return windows, size
     each = -(-size // processes)
     steps = len(windows) // (each * processes)
@@ -148,9 +153,10 @@ def reconstruct(
         quiet: show no progress bar.
 
     Raises:
-        InputError: too few batches to hold one out, a stream that is not finite (names the block), or a file in the
-            folder that is broken or from another run.
+        InputError: the model runs a block several times, too few batches to hold one out, a stream that is not finite
+            (names the block), or a file in the folder that is broken or from another run.
     """
+    stack.check_calls("reconstruction sees the first alone; use --reconstruct 0")
     batches = len(stack.entries)
     if batches < 2:
         raise InputError(
@@ -175,7 +181,7 @@ def reconstruct(
                 part = replace(part, trained=[layer for layer in part.trained if layer.name in trained])
                 if not part.trained:
                     continue
-                ends = index + 1 == len(stack.names) and part.writers is None and stack.calls_once()
+                ends = index + 1 == len(stack.names) and part.writers is None
                 teacher = Teacher(dense_stack, dense, settings.objective) if ends else None
                 with resident(stack.blocks[index], stack.device):
                     problem = BlockTraining(stack, index, part, stream, masks, teacher)

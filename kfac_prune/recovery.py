@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from kfac_prune.block_training import HELD_OUT
 from kfac_prune.data import WindowBatch, Windows
 from kfac_prune.errors import InputError
-from kfac_prune.masked_training import MaskedParameters, mean_everywhere
+from kfac_prune.masked_training import MaskedParameters, adam, mean_everywhere
 from kfac_prune.models import Layer, only_trained
 from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.progress import progress
@@ -100,12 +100,13 @@ def recover(
         cpu=model.device.type == "cpu", device_placement=False, mixed_precision="no", dataloader_config=sharing
     )
     processes = accelerator.num_processes
-    if len(windows) < max(2, processes + 1):
+    few = max(len(windows) // HELD_OUT, 1)
+    if len(windows) - few < processes:
         raise InputError(
             f"recovery holds a tenth of the calibration windows out and there are {len(windows)} for {processes} "
             "processes; add --samples, or use --recover-epochs 0"
         )
-    train, held = windows.split(max(len(windows) // HELD_OUT, 1))
+    train, held = windows.split(few)
     size = min(-(-step_windows(windows) // processes), len(train) // processes) * processes
     problem = _Distillation(model, dense, layers, masks or {}, objective)
     mine = list(held.batches(max(size // processes, 1)))[accelerator.process_index :: processes]
@@ -125,7 +126,7 @@ def recover(
         problem.weights.assign(kept)
         accelerator.free_memory()  # of the optimizer of a rate before
         copies = problem.weights.copies()
-        optimizer = accelerator.prepare(torch.optim.Adam(copies, lr=rate, betas=(0.9, 0.95), fused=True))
+        optimizer = accelerator.prepare(adam(copies, rate, (0.9, 0.95)))
         generator = torch.Generator().manual_seed(seed)
         step, steps = 0, epochs * per_epoch
         for _ in range(epochs):

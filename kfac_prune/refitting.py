@@ -96,11 +96,14 @@ class Moments:
 
     def means(self, *, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
         """E[h hᵀ], E[t hᵀ], E[t tᵀ], about the means where a bias takes those up."""
-        hh, th, tt = (m / self.tokens for m in (self.hh, self.th, self.tt))
         if not centred:
-            return hh, th, tt
-        h, t = self.h / self.tokens, self.t / self.tokens
-        return hh - torch.outer(h, h), th - torch.outer(t, h), tt - torch.outer(t, t)
+            return self.hh / self.tokens, self.th / self.tokens, self.tt / self.tokens
+        h, t = self.h.double() / self.tokens, self.t.double() / self.tokens
+        # in float64: the difference is small where a mean is large
+        hh = self.hh.double() / self.tokens - torch.outer(h, h)
+        th = self.th.double() / self.tokens - torch.outer(t, h)
+        tt = self.tt.double() / self.tokens - torch.outer(t, t)
+        return hh.float(), th.float(), tt.float()
 
 
 def refit(
@@ -139,6 +142,7 @@ def refit(
     damping = damping or Damping()
     with dense():
         stack = BlockStack(model, windows.every(ranks.count(), ranks.index()), batch_size)
+    stack.check_calls("the refit sees the first alone; use --no-refit")
     planned = {layer.name: layer for layer in plan.layers}
     records: list[Refitted] = []
     for layer, moments in refit_moments(stack, stack, set(planned), dense=dense, quiet=quiet):
@@ -271,6 +275,9 @@ def _solve(
     hh, th, tt = moments.means(centred=layer.bias is not None)
     present = layer.weight.to(hh)
     ridge = RIDGE * hh.diagonal().mean()
+    if not ridge > 0:  # nothing enters it
+        loss = 0.5 * float((g * tt).sum())
+        return planned, Refitted(layer.name, loss, loss)
     a = shifted(hh, ridge)
     wanted = (th + ridge * present) @ inverse_from_cholesky(a)
     curvature = Kronecker(a, g)

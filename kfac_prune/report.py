@@ -11,14 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from kfac_prune import ranks
 from kfac_prune.block_training import Reconstructed
 from kfac_prune.config import Recipe
 from kfac_prune.data import Windows
-from kfac_prune.memory import peak_memory_bytes
+from kfac_prune.memory import cuda_peak, peak_memory_bytes, reset_cuda_peaks
 from kfac_prune.models import Layer
 from kfac_prune.objective import Objective
 from kfac_prune.permute import Permuted
@@ -61,16 +60,15 @@ class Stages:
     def __call__(self, name: str) -> Iterator[None]:
         """Time one stage."""
         self.echo(f"- {name}")
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        reset_cuda_peaks()
         start = time.perf_counter()
         yield
         record: dict[str, float] = {
             "seconds": round(time.perf_counter() - start, 3),
             "peak_memory_bytes": peak_memory_bytes(),
         }
-        if torch.cuda.is_available():
-            record["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
+        if (peak := cuda_peak()) is not None:
+            record["peak_cuda_bytes"] = peak
         self.records[name] = record
 
 

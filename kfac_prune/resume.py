@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ ELSEWHERE = (
     "model", "data", "out", "eval_data", "eval_samples", "reconstruct", "recover_epochs", "streams", "device",
     "offload", "max_memory", "overwrite", "resume", "trust_remote_code",
 )  # fmt: skip
-PART, SMALLER, CURVATURE = "all layers", "model", "curvature"
+PART, SMALLER, CURVATURE, ORDER = "all layers", "model", "curvature", "order"
 
 
 class Planned(NamedTuple):
@@ -45,7 +46,8 @@ class Planned(NamedTuple):
 
     Attributes:
         plan: of all layers.
-        factors: of the permuted model; as read from a file without ``layers`` where nothing that follows asks for them.
+        factors: of the permuted model; as read from a file without ``layers`` where nothing that follows asks for them,
+            or where they waited off the device.
         permuted: the spaces whose channels have a new order in the model.
     """
 
@@ -67,7 +69,7 @@ def journal_of(recipe: Recipe, model: PreTrainedModel, calibration: Windows) -> 
         del fields["shots"]  # they come after the plan
     if recipe.target_latency is not None:
         fields["device"] = recipe.device
-    parts = [str(sorted(fields.items())), content_hash(model.state_dict()), calibration.sha256()]
+    parts = [version("kfac-prune"), str(sorted(fields.items())), content_hash(model.state_dict()), calibration.sha256()]
     stage = "shrink" if recipe.structured else "plan"
     return Journal(work_folder(recipe.out), stage, hashlib.sha256(" ".join(parts).encode()).hexdigest())
 
@@ -124,12 +126,41 @@ def _factors(tensors: dict[str, Tensor], rows: dict[str, Any], record: dict[str,
     return Factors(layers, streams, record["tokens"], record["data_sha256"])
 
 
+def write_order(journal: Journal, permuted: Sequence[Permuted]) -> None:
+    """Leave the order of channels that the layers are solved in: a search on other hardware may find another."""
+    if ranks.leads():
+        journal.write(ORDER, *_order_parts(permuted))
+
+
+def read_order(journal: Journal) -> list[Permuted] | None:
+    """What ``write_order`` left, or None."""
+    found = _sent(journal.read(ORDER) if ranks.leads() else None)
+    return None if found is None else _order(*found)
+
+
+def _order_parts(permuted: Sequence[Permuted]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and figures."""
+    tensors = {f"permutation {number}": space.permutation for number, space in enumerate(permuted)}
+    return tensors, {"permuted": [{k: v for k, v in vars(one).items() if k != "permutation"} for one in permuted]}
+
+
+def _order(tensors: dict[str, Tensor], record: dict[str, Any]) -> list[Permuted]:
+    """From what ``_order_parts`` gave."""
+    rows = enumerate(record["permuted"])
+    return [Permuted(permutation=tensors[f"permutation {number}"], **space) for number, space in rows]
+
+
+def needs_layers(recipe: Recipe) -> bool:
+    """The factors of layers are asked for after the plan is made."""
+    return bool(recipe.refit) or recipe.reconstruct_unit == "sublayer"
+
+
 def write_planned(journal: Journal, recipe: Recipe, model: PreTrainedModel, planned: Planned) -> None:
     """Leave a plan, what the rest of the run needs of the factors, and the dense weights where they have moved."""
     if not ranks.leads():
         return
     plan, factors = planned.plan, planned.factors
-    needed = factors.layers if recipe.refit or recipe.reconstruct_unit == "sublayer" else {}
+    needed = factors.layers if needs_layers(recipe) and not isinstance(factors.layers, FactorShelf) else {}
     tensors, kept = _parts(replace(factors, layers=needed))
     rows = []
     by_name = {layer.name: layer for layer in prunable_layers(model)}
@@ -138,8 +169,8 @@ def write_planned(journal: Journal, recipe: Recipe, model: PreTrainedModel, plan
         alone = ranks.count() == 1 and journal.has(solved) and made.sparsity > 0  # its tensors lie there already
         tensors |= {} if alone else {f"{name} {made.name}": tensor for name, tensor in made.tensors().items()}
         rows.append({"name": made.name, "solved": solved if alone else None, "figures": made.figures()})
-    for number, space in enumerate(planned.permuted):
-        tensors[f"permutation {number}"] = space.permutation
+    permutations, order = _order_parts(planned.permuted)
+    tensors |= permutations
     if planned.permuted:
         tensors |= {f"dense {name}": parameter for name, parameter in model.named_parameters()}
     record = {
@@ -149,10 +180,8 @@ def write_planned(journal: Journal, recipe: Recipe, model: PreTrainedModel, plan
         "factors": kept,
         "tokens": factors.tokens,
         "data_sha256": factors.data_sha256,
-        "permuted": [
-            {k: v for k, v in vars(space).items() if k != "permutation"} for space in planned.permuted
-        ],
-    }  # fmt: skip
+        **order,
+    }
     journal.write(PART, tensors, record)
 
 
@@ -174,11 +203,7 @@ def read_planned(journal: Journal, model: PreTrainedModel) -> Planned | None:
             parameter.data = tensors[f"dense {name}"].to(parameter.device)
     factors = _factors(tensors, record["factors"], record, model.device)
     layers = tuple(_layer(row, tensors, model) for row in record["layers"])
-    permuted = [
-        Permuted(permutation=tensors[f"permutation {number}"], **space)
-        for number, space in enumerate(record["permuted"])
-    ]
-    return Planned(Plan(layers, record["method"], record["allocation"]), factors, permuted)
+    return Planned(Plan(layers, record["method"], record["allocation"]), factors, _order(tensors, record))
 
 
 def write_shrunk(journal: Journal, best: Shrunk, others: Sequence[dict[str, Any]]) -> None:

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from kfac_prune import ranks
 from kfac_prune.config import Recipe
 from kfac_prune.curvature.estimate import estimate_factors
-from kfac_prune.curvature.factors import LayerFactors
+from kfac_prune.curvature.factors import KnownFactors, LayerFactors
 from kfac_prune.data import Windows
 from kfac_prune.fisher import FisherType
 from kfac_prune.models import Layer
@@ -217,31 +217,35 @@ class _Problem:
     """One layer at the pruned model: its curvature and Newton step, whatever fraction of it is taken.
 
     A bias is eliminated exactly, as in ``LayerFactors.operator``. With m = E[a] the quadratic in its change δ is
-    ``⟨g_b, δ⟩ + ½ (D m + δ)ᵀ G (D m + δ)``, least at ``δ = −D m − G⁻¹ g_b``, which leaves ``⟨g − g_b mᵀ, D⟩``.
+    ``⟨g_b, δ⟩ + ½ (D m + δ)ᵀ G (D m + δ)``, least at ``δ = −D m − G⁻¹ g_b``, which leaves ``⟨g − g_b mᵀ, D⟩``. Damped
+    factors are made anew for every fraction, since those of all layers would take as much memory again.
     """
 
     def __init__(self, layer: Layer, statistics: LayerFactors, gradient: Gradient, damping: Damping) -> None:
-        self.layer, self.statistics = layer, statistics
-        self.dtype = layer.weight.dtype
-        self.weight, self.bias = layer.weight.float(), layer.bias
-        self.curvature, _ = statistics.operator("kfac", damping, where=layer.name)
-        slope, self.bias_step = gradient.weight, None
+        self._layer, self._statistics, self._damping = layer.name, statistics, damping
+        self._weight, self._bias = layer.weight, layer.bias  # whose place others take
+        curvature, records = statistics.operator("kfac", damping, where=layer.name)
+        assert isinstance(curvature, Kronecker)
+        assert curvature.g is not None
+        self._known = KnownFactors(records, curvature.inverse_diagonals)
+        slope, self._bias_step = gradient.weight, None
         if gradient.bias is not None:
-            assert isinstance(self.curvature, Kronecker)
-            assert self.curvature.g is not None
             slope = slope - torch.outer(gradient.bias, statistics.mean.to(slope))
-            self.bias_step = -torch.linalg.solve(self.curvature.g, gradient.bias)
-        self.step = newton_point(self.weight, self.curvature, slope) - self.weight
+            self._bias_step = -torch.linalg.solve(curvature.g, gradient.bias)
+        weight = self._weight.float()
+        self._step = newton_point(weight, curvature, slope) - weight
 
     def solve(self, fraction: float, planned: PlannedLayer, pattern: Pattern | None) -> PlannedLayer:
         """Mask, weights and bias after a fraction of the step; as many weights as before."""
         if pattern is None or planned.mask.all():  # a layer that the plan leaves dense stays dense
             pattern = Unstructured(planned.sparsity)
-        solution = solve(self.weight + fraction * self.step, self.curvature, pattern)
-        weight, bias = solution.weight.to(self.dtype), self.bias
+        curvature, _ = self._statistics.operator("kfac", self._damping, where=self._layer, known=self._known)
+        before = self._weight.float()
+        solution = solve(before + fraction * self._step, curvature, pattern)
+        weight, bias = solution.weight.to(self._weight.dtype), self._bias
         if bias is not None:
-            assert self.bias_step is not None
-            shift = self.statistics.bias_update(weight.float() - self.weight) + fraction * self.bias_step
+            assert self._bias_step is not None
+            shift = self._statistics.bias_update(weight.float() - before) + fraction * self._bias_step
             bias = (bias.float() + shift).to(bias.dtype)
         return replace(planned, weight=weight, bias=bias, mask=solution.mask)
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from kfac_prune import ranks
 from kfac_prune.data import Windows
+from kfac_prune.errors import InputError
 from kfac_prune.experts import ExpertLinear
 from kfac_prune.memory import mapped
 from kfac_prune.models import Layer, find_blocks, prunable_layers
@@ -102,11 +103,13 @@ class BlockStack:
             if module is self.blocks[0]:
                 self.entries.append(self.keep(stream))
             calls.append(call)
-            if module is self.blocks[-1]:
+            if module is self.blocks[-1] and len(self.blocks) > 1:
                 raise _Stopped  # what follows, the head above all, is not needed
 
         def look(module: nn.Module, args: tuple[Any, ...], output: Tensor | tuple[Any, ...]) -> None:
             self.outputs = len(output) if isinstance(output, tuple) else 0
+            if len(self.blocks) == 1:
+                raise _Stopped
 
         handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in self.blocks]
         handles += [block.register_forward_hook(look) for block in self.blocks[:1]]
@@ -153,8 +156,19 @@ class BlockStack:
         with _no_router_loss(self.model), begun_at(self, block, [stream]):
             return compared(self.model, self._batches[batch], objective)
 
+    def check_calls(self, what: str) -> None:
+        """Refuse a model that runs a block several times per pass, where only the first call would be seen.
+
+        Args:
+            what: does not work with it, and how to leave that out.
+        """
+        if not self.calls_once():
+            raise InputError(f"{type(self.model).__name__} runs {self.names[-1]} several times per pass; {what}")
+
     def calls_once(self) -> bool:
-        """The model calls its last block once per pass; some run the same block several times."""
+        """The model calls its last block once per pass; some (ALBERT) run the same block several times."""
+        if not self.blocks:
+            return True
         times: list[int] = []
         handle = self.blocks[-1].register_forward_hook(lambda module, args, output: times.append(1))
         batch = self._batches[0]

@@ -5,7 +5,7 @@ import torch
 from conftest import build
 
 from kfac_prune.errors import InputError
-from kfac_prune.masked_training import MaskedParameters, mean_everywhere
+from kfac_prune.masked_training import MaskedParameters, adam, mean_everywhere
 from kfac_prune.models import prunable_layers
 
 
@@ -20,7 +20,7 @@ def layer(dtype=torch.float32):
 def step(weights, total, rate=0.01):
     """One step of Adam on a sum."""
     copies = weights.copies()
-    optimizer = torch.optim.Adam(copies, lr=rate)
+    optimizer = adam(copies, rate, (0.9, 0.95))
     mean = weights.differentiate(total(), 4, copies)
     optimizer.step()
     weights.take_over(copies)
@@ -67,3 +67,25 @@ def test_a_mean_over_all_batches():
     for nothing in ([], [(0.0, 0)]):
         with pytest.raises(InputError, match="no position of the calibration windows that are held out counts"):
             mean_everywhere(nothing, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-9, 1e3])
+def test_steps_do_not_depend_on_the_scale_of_the_loss(scale):
+    found = []
+    for factor in (1.0, scale):
+        chosen, mask = layer()
+        weights = MaskedParameters([chosen], {chosen.name: mask})
+        x = torch.randn(4, chosen.shape[1], generator=torch.Generator().manual_seed(0))
+        for _ in range(3):
+            step(weights, lambda chosen=chosen, x=x, factor=factor: factor * chosen.module(x).square().sum())
+        found.append(chosen.weight.clone())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_small_gradient_survives_float16():
+    chosen, mask = layer(torch.float16)
+    weights = MaskedParameters([chosen], {chosen.name: mask})
+    copies = weights.copies()
+    x = torch.full((1, chosen.shape[1]), 1e-3, dtype=torch.float16)
+    weights.differentiate(1e-3 * chosen.module(x).float().sum(), 512, copies)
+    assert bool((copies[0].grad[mask] > 0).all())

@@ -24,6 +24,7 @@ from kfac_prune.operators import Damping
 from kfac_prune.plan import make_plan, prune
 from kfac_prune.quality import evaluate
 from kfac_prune.reconstruction import metrics, reconstruct, step_windows
+from kfac_prune.refitting import refit
 from kfac_prune.stream import BlockStack, find_writers, observed
 from kfac_prune.structure.prune import Settings, prune_structured, weights_target
 from kfac_prune.structure.repair import reconstruct_smaller
@@ -407,8 +408,8 @@ def test_a_layer_without_weights_still_learns_its_bias(make_model, make_windows)
     assert not torch.equal(layer.bias, before)
 
 
-def test_a_block_that_runs_several_times_has_no_output_of_its_own_to_learn_from(make_windows):
-    """ALBERT: the last block's last call is not the one that is recorded, so it stays with the stream."""
+def test_a_block_that_runs_several_times_is_refused(make_windows):
+    """ALBERT: only the first call would be seen."""
     torch.manual_seed(0)
     config = AlbertConfig(
         vocab_size=48, embedding_size=16, hidden_size=16, intermediate_size=32, num_hidden_layers=3,
@@ -422,8 +423,10 @@ def test_a_block_that_runs_several_times_has_no_output_of_its_own_to_learn_from(
     plan = make_plan(layers, factors, pattern=NM(2, 4), method="magnitude")
     dense = prune(layers, plan)
     settings = Reconstruction(1, objective=masked)
-    (record,) = reconstruction.reconstruct_sparse(model, plan, factors, windows, dense.swapped_in, settings)
-    assert record.after <= record.before
+    with pytest.raises(InputError, match=r"AlbertForMaskedLM runs .* several times per pass.*--reconstruct 0"):
+        reconstruction.reconstruct_sparse(model, plan, factors, windows, dense.swapped_in, settings)
+    with pytest.raises(InputError, match=r"several times per pass.*--no-refit"):
+        refit(model, layers, plan, factors, windows, dense.swapped_in)
 
 
 def test_llama_4_with_its_routers_and_sums_in_place(make_windows):

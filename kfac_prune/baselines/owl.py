@@ -34,4 +34,5 @@ def owl(blocks: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]], sparsity: flo
     mean = sum(sizes[name] * d for name, d in outliers.items()) / sum(sizes.values())
     widest = max(abs(d - mean) for d in outliers.values())
     reach = min(RANGE, sparsity, (1 - sparsity) / 2) / widest if widest > 0 else 0.0
-    return {layer: sparsity - reach * (outliers[name] - mean) for name, layers in blocks.items() for layer in layers}
+    found = {name: max(sparsity - reach * (d - mean), 0.0) for name, d in outliers.items()}  # -1e-17 by rounding
+    return {layer: found[name] for name, layers in blocks.items() for layer in layers}

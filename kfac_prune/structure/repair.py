@@ -91,6 +91,8 @@ def _solved(layer: Layer, moments: Moments) -> tuple[Tensor, Tensor | None]:
     """New weights [out, in] and bias [out] of one writer."""
     hh, th, _ = moments.means(centred=layer.bias is not None)
     ridge = RIDGE * hh.diagonal().mean()
+    if not ridge > 0:  # nothing enters it
+        return layer.weight, layer.bias
     factor = torch.linalg.cholesky(shifted(hh, ridge).double())
     weight = torch.cholesky_solve((th + ridge * layer.weight.float()).double().T, factor).T.to(layer.weight.dtype)
     if layer.bias is None:
