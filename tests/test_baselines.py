@@ -250,6 +250,12 @@ class TestOwl:
         expected = [0.7 + 0.08 * 4 / 6, 0.7 + 0.08 * 2 / 6, 0.7 - 0.08]
         assert list(found.values()) == pytest.approx(expected)
 
+    def test_no_sparsity_is_below_zero_by_rounding(self):
+        for seed in range(100):
+            weights = [normal(16, 16, seed=4 * seed + i) ** 3 for i in range(4)]
+            found = owl({f"block{i}": {f"layer{i}": (w, torch.ones_like(w[0]))} for i, w in enumerate(weights)}, 0.05)
+            assert all(one >= 0 for one in found.values())
+
     @pytest.mark.parametrize("sparsity", [0.0, 0.02, 0.5, 0.97, 0.999])
     def test_the_whole_has_the_sparsity_asked_for(self, sparsity):
         blocks = self.blocks([0, 3, 10], {1: (20, 30)})

@@ -604,6 +604,13 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(fields, recipe, tmp_path, mon
     assert "resume: false" in (Path(made.out) / "recipe.yaml").read_text()
 
 
+def test_the_recipe_of_a_result_replaces_nothing_and_asks_for_no_other_device(recipe, tmp_path):
+    made = recipe(overwrite=True, device="auto")
+    run(made)
+    again = Recipe(**read_recipe(str(Path(made.out) / "recipe.yaml")))
+    assert (again.overwrite, again.device) == (False, "auto")
+
+
 def test_a_refit_instead(recipe):
     record = run(recipe("llama", pattern="2:4", refit=True))
     assert record["reconstruction"] == []
