@@ -49,7 +49,8 @@ class Reconstruction:
         epochs: passes over the calibration windows per block or sub-layer.
         unit: "block" trains attention and FFN together, "sublayer" one after the other.
         seed: of the order of the batches.
-        folder: where every finished block is left, from which a run that was interrupted goes on; None: nowhere.
+        folder: where every finished block is left, from which a run that was interrupted goes on, and those of other
+            runs go; None: nowhere.
         objective: what the model computes; the last block is trained on its KL.
     """
 

@@ -11,6 +11,7 @@ G = I is known (Wanda++, Yang et al. 2025); the Fisher metric is ours.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
@@ -31,6 +32,8 @@ from kfac_prune.progress import progress
 from kfac_prune.store import Journal, content_hash
 from kfac_prune.stream import BlockStack, Shelf
 from kfac_prune.sublayers import Unit, sublayers
+
+logger = logging.getLogger("kfac_prune")
 
 #: Tokens per step, in whole windows. Of 2048, 1024 and 512 the smallest was best for the same number of epochs.
 STEP_TOKENS = 512
@@ -154,7 +157,7 @@ def reconstruct(
 
     Raises:
         InputError: the model runs a block several times, too few batches to hold one out, a stream that is not finite
-            (names the block), or a file in the folder that is broken or from another run.
+            (names the block), or a file in the folder that is broken.
     """
     stack.check_calls("reconstruction sees the first alone; use --reconstruct 0")
     batches = len(stack.entries)
@@ -170,6 +173,8 @@ def reconstruct(
     journal = None
     if settings.folder is not None and ranks.leads():
         journal = Journal(settings.folder, "reconstruction", _fingerprint(dense_stack, stack, settings, masks, dense))
+        if others := journal.drop_others():
+            logger.warning("reconstruct: %d blocks in %s are of other options or another model", others, journal.folder)
     dense_stream, stream = list(dense_stack.entries), list(dense_stack.entries)
     records: list[Reconstructed] = []
     rate = None

@@ -243,6 +243,17 @@ class Journal:
         """Whether ``write`` has left a part, of this run or another."""
         return self._path(part).exists()
 
+    def drop_others(self) -> int:
+        """Remove the stage's parts of other runs, and say how many there were; broken ones stay, to be refused."""
+        others = []
+        for path in sorted(self.folder.glob(f"{self.stage}-*.safetensors")):
+            with suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
+                if not (file.metadata() or {}).get("key", "").startswith(f"{self.key} "):
+                    others.append(path)
+        for path in others:
+            path.unlink()
+        return len(others)
+
     def write(self, part: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Leave a part that is finished."""
         save_artifact(self._path(part), tensors, key=f"{self.key} {part}", record=record)

@@ -362,19 +362,30 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(make_model, make_windows, 
     [
         (lambda path: path.write_bytes(path.read_bytes()[:-9]), "is broken"),
         (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x"), r"is broken \(its content"),
-        (None, "is from another run"),
     ],
-    ids=["truncated", "changed", "foreign"],
+    ids=["truncated", "changed"],
 )
 def test_a_bad_file_of_an_earlier_run_is_refused(make_model, make_windows, tmp_path, harm, message):
     windows = make_windows(count=24, length=8)
     Job(make_model("llama"), windows).run(epochs=1, folder=tmp_path)
     file = min(tmp_path.iterdir())
-    if harm is not None:
-        harm(file)
-    job = Job(make_model("llama", seed=0 if harm else 1), windows)
+    harm(file)
     with pytest.raises(InputError, match=f"{file.name} {message}"):
-        job.run(epochs=1, folder=tmp_path)
+        Job(make_model("llama"), windows).run(epochs=1, folder=tmp_path)
+
+
+@pytest.mark.parametrize(("seed", "epochs"), [(1, 1), (0, 2)])
+def test_blocks_of_other_options_or_another_model_are_trained_anew(
+    seed, epochs, make_model, make_windows, tmp_path, caplog
+):
+    windows = make_windows(count=24, length=8)
+    Job(make_model("llama"), windows).run(epochs=1, folder=tmp_path)
+    alone, job = (Job(make_model("llama", seed=seed), windows) for _ in range(2))
+    alone.run(epochs=epochs)
+    job.run(epochs=epochs, folder=tmp_path)
+    assert "2 blocks in" in caplog.text
+    assert all(torch.equal(tensor, alone.tensors()[name]) for name, tensor in job.tensors().items())
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize(
