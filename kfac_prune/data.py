@@ -189,10 +189,12 @@ def _text_documents(path: str, separator: str | None) -> Iterator[Document]:
     limit = 2 * MAX_TEXT_BYTES + 4  # twice, since CR LF becomes LF: what is longer stays longer than MAX_TEXT_BYTES
     with _opened(path) as file:
         data = file.read(limit)
-    text = _decode(data, path, final=len(data) < limit).replace("\r\n", "\n").replace("\r", "\n")
+    text = _decode(data, path, final=len(data) < limit).removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     if separator is None:
         yield Document(text, bos=False)
     else:
+        if separator not in text:
+            logger.warning("%s is one document: the separator %r is not in it", path, separator)
         yield from (Document(piece, bos=True) for piece in text.split(separator))
 
 

@@ -141,6 +141,8 @@ def make_plan(
     problems = Problems(factors, method, damping or Damping(), sequences)
     if sparsity is None:
         sparsity = 0.5 if pattern is None else float(pattern.sparsity)
+    if not 0 <= sparsity < 1:
+        raise InputError(f"sparsity is {sparsity}; it must be at least 0 and below 1")
     target: int | None = None  # weights to remove where a pattern is to leave some layers dense
     if pattern is not None and abs(sparsity - pattern.sparsity) > 1e-6:
         target = _removed(layers, pattern, sparsity)

@@ -196,6 +196,9 @@ def test_further_methods_and_levels_are_added(here, monkeypatch):
     assert [(r["level"], r["method"]) for r in rows] == [
         ("50%", "magnitude"), ("50%", "wanda"), ("2:4", "magnitude"), ("2:4", "wanda")
     ]  # fmt: skip
+    compare(comparison(["magnitude"], ["0.5"]), echo=lambda text: None)
+    table = (here / "out" / "table.txt").read_text()
+    assert table.count("magnitude") == table.count("Wanda") + table.count("wanda") == 2  # nothing is lost
 
 
 @pytest.mark.parametrize(
@@ -279,7 +282,8 @@ def bert(here):
         (None, ["--samples", "0"], "samples is 0"),
         (None, ["--data", "absent.txt"], "absent.txt"),
         (bert, [], "objective: model computes"),
-        (foreign, [], "--out out exists and is not empty"),
+        (foreign, [], "--out out holds other files than a comparison's; choose another folder"),
+        (foreign, ["--overwrite"], "--out out holds other files than a comparison's; choose another folder"),
         (broken, [], "cells.jsonl cannot be read"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

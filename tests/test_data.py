@@ -286,6 +286,15 @@ def test_json_list_too_large(tmp_path, monkeypatch):
         read_documents(str(tmp_path))
 
 
+def test_a_separator_that_does_not_occur_is_told(tmp_path, caplog):
+    path = tmp_path / "a.txt"
+    path.write_text("\ufeffone text", encoding="utf-8")
+    assert [d.text for d in read_documents(str(path), separator="|")] == [
+        "one text"
+    ]  # without the mark of its encoding
+    assert "a.txt is one document: the separator '|' is not in it" in caplog.text
+
+
 def test_empty_separator(story_file):
     with pytest.raises(InputError, match="separator is empty"):
         read_documents(story_file(".txt"), separator="")

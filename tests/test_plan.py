@@ -229,3 +229,10 @@ def test_factors_are_damped_and_factorised_once(problem, monkeypatch):
     again = make_plan(layers, factors, sparsity=0.5, curves=loss_curves(layers, factors))
     assert len(calls) == 4 * len(layers)  # curves from before know nothing of this plan's problems
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(once.layers, again.layers, strict=True))
+
+
+def test_a_sparsity_out_of_range_is_refused_with_its_own_number(make_model, make_windows):
+    model, windows = make_model("llama"), make_windows(4, 8)
+    layers = prunable_layers(model)
+    with pytest.raises(InputError, match=r"sparsity is 1.5; it must be at least 0 and below 1"):
+        make_plan(layers, estimate_factors(model, layers, windows), sparsity=1.5)

@@ -139,3 +139,21 @@ def test_a_writer_that_stays_dense_still_counts_as_one(make_model, make_windows)
     _, records = refit(model, layers, plan, factors, windows, dense.swapped_in)
     assert [r.name for r in records] == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
     assert all(r.after < r.before for r in records)
+
+
+def test_a_writer_that_nothing_enters_stays(make_model, make_windows):
+    """At a sparsity so high that a layer before it has no weight left."""
+    model, windows = make_model("llama"), make_windows(8, 8)
+    layers = prunable_layers(model)
+    factors = estimate_factors(model, layers, windows)
+    plan = make_plan(layers, factors, sparsity=0.5, method="magnitude", allocation="uniform")
+    for made in plan.layers:
+        if made.name.endswith("up_proj"):
+            made.weight.zero_()
+            made.mask.zero_()
+    dense = prune(layers, plan)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    _, records = refit(model, layers, plan, factors, windows, dense.swapped_in)
+    for record in records:
+        changed = not torch.equal(model.get_parameter(f"{record.name}.weight"), before[f"{record.name}.weight"])
+        assert changed == (not record.name.endswith("down_proj"))
