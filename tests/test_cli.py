@@ -477,7 +477,7 @@ def test_options_reach_the_recipe(here):
         "offload": True,
         "max_memory": 0.5,
         "skip_bad_batches": True,
-        "overwrite": True,
+        "overwrite": False,  # whoever repeats it says so again
         "trust_remote_code": False,
     }
 
