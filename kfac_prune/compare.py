@@ -57,10 +57,9 @@ def compare(comparison: Comparison, *, echo: Callable[[str], None] = print, quie
         InputError: something about the input is wrong, or the folder holds something else.
     """
     recipe = replace(comparison.recipe, device=resolve_device(comparison.recipe.device))
-    folder, earlier = Path(recipe.out).expanduser(), earlier_result(recipe.out, (CELLS, "*"))
-    if not earlier and folder.is_dir() and any(folder.iterdir()):
-        raise InputError(f"--out {recipe.out} holds other files than a comparison's; choose another folder")
-    check_output(recipe.out, overwrite=earlier)
+    foreign = "holds other files than a comparison's; choose another folder"
+    check_output(recipe.out, overwrite=earlier_result(recipe.out, (CELLS, "*")), occupied=foreign)
+    folder = Path(recipe.out).expanduser()
     config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
     objective = find_objective(recipe.objective, recipe.model, config)
     if objective != CAUSAL:
@@ -93,7 +92,8 @@ def compare(comparison: Comparison, *, echo: Callable[[str], None] = print, quie
                 _run(bench, trial, comparison, ledger, done, echo)
     rows = [row for key in keys for row in ledger.rows if _key(row) == key]
     assert ledger.header is not None
-    everything = rows + [row for row in ledger.rows if _key(row) not in set(keys)]
+    asked = set(keys)
+    everything = rows + [row for row in ledger.rows if _key(row) not in asked]
     text = table(ledger.header["dense"], everything)
     (folder / TABLE).write_text(text + "\n", encoding="utf-8")
     pictured = picture(ledger.header["dense"], everything, folder / PICTURE, title=Path(recipe.model).name)

@@ -310,15 +310,12 @@ def reached_layers(
     return taking_part
 
 
-def runs_blocks_once(model: PreTrainedModel, calibration: Windows) -> bool:
-    """No block of the model runs several times per pass, as ALBERT's does."""
+def first_window(model: PreTrainedModel, calibration: Windows) -> BlockStack:
+    """The blocks of the model, and the calls to them on one window, which tell what repairs it allows."""
     first = next(calibration.batches(1))
-    stack = BlockStack(model, Windows(first.input_ids, first.attention_mask), 1)
-    return stack.calls_once()
+    return BlockStack(model, Windows(first.input_ids, first.attention_mask), 1)
 
 
-def has_writers(model: PreTrainedModel, calibration: Windows) -> bool:
+def has_writers(stack: BlockStack) -> bool:
     """Any layer of the first block adds its output to the residual stream, as the refit needs."""
-    first = next(calibration.batches(1))
-    stack = BlockStack(model, Windows(first.input_ids, first.attention_mask), 1)
     return not stack.blocks or bool(find_writers(stack, 0, stack.entries[0], stack.inside(0)))

@@ -16,7 +16,7 @@ from kfac_prune.curvature.factors import CURVATURE_BYTES
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.experts import ExpertLinear
-from kfac_prune.inputs import finite_windows, has_writers, load_inputs, runs_blocks_once
+from kfac_prune.inputs import finite_windows, first_window, has_writers, load_inputs
 from kfac_prune.inspect_model import coverage
 from kfac_prune.models import Layer, load_config
 from kfac_prune.objective import Objective, find_objective
@@ -116,18 +116,8 @@ def begin(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
         if not recipe.reconstruct:
             echo(f"one shot: {what}")
         recipe = replace(recipe, shots=1)
-    if (recipe.reconstruct or recipe.refit) and not runs_blocks_once(model, calibration):
-        kind = type(model).__name__
-        echo(f"no refit and no reconstruction: {kind} runs a block several times, and they would see the first alone")
-        recipe = replace(recipe, reconstruct=0, refit=False)
-    if recipe.reconstruct:
-        own_steps(calibration)  # refused now rather than once the plan is made
-    if recipe.refit and not has_writers(model, calibration):
-        kind = type(model).__name__
-        echo(
-            f"no refit: what the blocks of {kind} add to the residual stream is normalised first, or comes from experts"
-        )
-        recipe = replace(recipe, refit=False)
+    if recipe.reconstruct or recipe.refit:
+        recipe = _repairs(recipe, model, calibration, echo)
     return Job(
         recipe,
         stages,
@@ -141,6 +131,22 @@ def begin(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
         loaded.held_out,
         skipped,
     )
+
+
+def _repairs(recipe: Recipe, model: PreTrainedModel, calibration: Windows, echo: Callable[[str], None]) -> Recipe:
+    """The recipe without the refit and reconstruction that the model does not allow, which is said."""
+    kind, stack = type(model).__name__, first_window(model, calibration)
+    if not stack.calls_once():
+        echo(f"no refit and no reconstruction: {kind} runs a block several times, and they would see the first alone")
+        return replace(recipe, reconstruct=0, refit=False)
+    if recipe.reconstruct:
+        own_steps(calibration)  # refused now rather than once the plan is made
+    if recipe.refit and not has_writers(stack):
+        echo(
+            f"no refit: what the blocks of {kind} add to the residual stream is normalised first, or comes from experts"
+        )
+        recipe = replace(recipe, refit=False)
+    return recipe
 
 
 def _remarks(recipe: Recipe, layers: Sequence[Layer], calibration: Windows) -> Iterator[str]:

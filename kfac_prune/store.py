@@ -21,14 +21,18 @@ from torch import Tensor
 
 from kfac_prune.errors import InputError
 
+#: What to say of a folder that may not be replaced.
+OCCUPIED = "exists and is not empty; choose another folder, or add --overwrite"
 
-def check_output(out: str, *, overwrite: bool, need_bytes: int = 0) -> Path:
+
+def check_output(out: str, *, overwrite: bool, need_bytes: int = 0, occupied: str = OCCUPIED) -> Path:
     """Make sure, before long work, that a folder can be written.
 
     Args:
         out: the folder.
         overwrite: an existing non-empty folder may be replaced.
         need_bytes: that must be free on its file system.
+        occupied: what to say where it is not empty and may not be replaced, and what to do.
 
     Returns:
         Its absolute path.
@@ -43,7 +47,7 @@ def check_output(out: str, *, overwrite: bool, need_bytes: int = 0) -> Path:
         if target.exists() and not target.is_dir():
             raise InputError(f"--out {out} is a file; name a folder")
         if target.is_dir() and any(target.iterdir()) and not overwrite:
-            raise InputError(f"--out {out} exists and is not empty; choose another folder, or add --overwrite")
+            raise InputError(f"--out {out} {occupied}")
         if target.is_mount():
             raise InputError(f"--out {out} is a mount point, which cannot be replaced; name a folder below it")
         parent = target.parent

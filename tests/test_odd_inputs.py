@@ -174,7 +174,7 @@ def test_a_model_of_one_block_that_returns_a_tuple(tmp_path):
     letter_tokenizer().save_pretrained(tmp_path / "model")
     text = tmp_path / "text.txt"
     text.write_text("".join(random.Random(0).choices("abcdef ", k=4000)), encoding="utf-8")
-    options = {"samples": 24, "eval_samples": 8, "seqlen": 16, "device": "cpu", "reconstruct": 2}
+    options = {"samples": 64, "eval_samples": 8, "seqlen": 16, "device": "cpu", "reconstruct": 3, "sparsity": 0.8}
     record = run(Recipe(str(tmp_path / "model"), str(text), out=str(tmp_path / "out"), **options))
     (one,) = record["reconstruction"]
     assert one["after"] < one["before"]
