@@ -51,6 +51,11 @@ class WindowBatch:
     input_ids: Tensor  # [B, T] int64
     attention_mask: Tensor | None  # [B, T] bool, True = a real token; None = no padding
 
+    def on(self, device: torch.device) -> "tuple[Tensor, Tensor | None]":
+        """Token ids and mask, on a device."""
+        mask = self.attention_mask
+        return self.input_ids.to(device), None if mask is None else mask.to(device)
+
 
 @dataclass(frozen=True, eq=False)
 class Windows:

@@ -194,10 +194,9 @@ def check_runs(model: PreTrainedModel, windows: Windows, objective: Objective) -
         InputError: it cannot.
     """
     first = next(windows.batches(1))
-    mask = None if first.attention_mask is None else first.attention_mask.to(model.device)
     try:
         with torch.no_grad():
-            objective.output(model, first.input_ids.to(model.device), mask)
+            objective.output(model, *first.on(model.device))
     except Exception as error:  # whatever the model's code happens to raise
         raise InputError(
             f"{type(model).__name__} of {model.config.name_or_path} fails on one window of text: {reason(error)}"
@@ -225,8 +224,7 @@ def finite_windows(
             hooks.callback(layer.module.register_forward_pre_hook(see).remove)
         for batch in ranks.share(list(windows.batches(batch_size))):
             finite.clear()
-            mask = None if batch.attention_mask is None else batch.attention_mask.to(model.device)
-            finite.append(objective.output(model, batch.input_ids.to(model.device), mask).isfinite().all())
+            finite.append(objective.output(model, *batch.on(model.device)).isfinite().all())
             if all(bool(one) for one in finite):
                 good += batch.index.tolist()
     rows = torch.tensor(sorted(row for part in ranks.gathered(good) for row in part), dtype=torch.int64)

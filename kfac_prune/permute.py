@@ -263,6 +263,4 @@ def _apply(space: Space, permutation: Tensor, factors: Factors) -> None:
 @torch.no_grad()
 def _output(model: PreTrainedModel, windows: Windows, objective: Objective) -> Tensor:
     """Of the first window."""
-    batch = next(windows.batches(1))
-    mask = None if batch.attention_mask is None else batch.attention_mask.to(model.device)
-    return objective.output(model, batch.input_ids.to(model.device), mask)
+    return objective.output(model, *next(windows.batches(1)).on(model.device))

@@ -108,8 +108,8 @@ def evaluate(
 
 def compared(model: PreTrainedModel, batch: WindowBatch, objective: Objective) -> Tensor:
     """The output's rows that count [units, ...] float32."""
-    mask = None if batch.attention_mask is None else batch.attention_mask.to(model.device)
-    return objective.compared(objective.output(model, batch.input_ids.to(model.device), mask), mask)
+    ids, mask = batch.on(model.device)
+    return objective.compared(objective.output(model, ids, mask), mask)
 
 
 def _targets(batch: WindowBatch) -> Tensor:

@@ -12,8 +12,8 @@ correct it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,11 +24,11 @@ from transformers import PreTrainedModel
 
 from kfac_prune import ranks
 from kfac_prune.config import Recipe
-from kfac_prune.curvature.estimate import estimate_factors
+from kfac_prune.curvature.estimate import estimate_factors, frozen
 from kfac_prune.curvature.factors import KnownFactors, LayerFactors
 from kfac_prune.data import Windows
 from kfac_prune.fisher import FisherType
-from kfac_prune.models import Layer
+from kfac_prune.models import Layer, only_trained
 from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.obs import Pattern, Unstructured, newton_point, solve
 from kfac_prune.operators import Damping, Kronecker
@@ -173,18 +173,15 @@ def kl_gradient(
     parameters = [p for layer in layers for p in layer.parameters()]
     sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
     units = 0
-    with _differentiable(model, parameters):
+    with frozen(model), only_trained(model, parameters):
         for batch in ranks.share(list(windows.batches(batch_size))):
-            ids = batch.input_ids.to(model.device)
-            mask = None if batch.attention_mask is None else batch.attention_mask.to(model.device)
+            ids, mask = batch.on(model.device)
             with torch.no_grad(), dense():
                 p = objective.compared(objective.output(model, ids, mask), mask)
-            with torch.enable_grad():
-                q = objective.compared(objective.output(model, ids, mask), mask)
-                divergence = objective.divergence(p, q).sum()
-            found = torch.autograd.grad(
-                divergence, parameters, allow_unused=True, materialize_grads=True
-            )  # idle experts
+            q = objective.compared(objective.output(model, ids, mask), mask)
+            divergence = objective.divergence(p, q).sum()
+            # an idle expert has no gradient
+            found = torch.autograd.grad(divergence, parameters, allow_unused=True, materialize_grads=True)
             for total, gradient in zip(sums, found, strict=True):
                 total += gradient
             units += len(q)
@@ -193,24 +190,6 @@ def kl_gradient(
     return [
         Gradient(layer.stored(next(means)), next(means) if len(layer.parameters()) > 1 else None) for layer in layers
     ]
-
-
-@contextmanager
-def _differentiable(model: PreTrainedModel, parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Only these parameters ask for gradients, in evaluation mode; all is as before afterwards."""
-    training = [module.training for module in model.modules()]
-    everything = list(model.parameters())
-    flags = [p.requires_grad for p in everything]
-    try:
-        model.eval().requires_grad_(False)
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for module, was in zip(model.modules(), training, strict=True):
-            module.training = was
-        for p, flag in zip(everything, flags, strict=True):
-            p.requires_grad_(flag)
 
 
 class _Problem:

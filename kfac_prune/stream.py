@@ -89,10 +89,10 @@ class BlockStack:
         self.model, self.device = model, model.device
         with torch.no_grad():
             for batch in self._batches:
-                mask = None if batch.attention_mask is None else batch.attention_mask.to(model.device)
+                ids, mask = batch.on(model.device)
                 calls: list[Call] = []
                 with self._recorded(calls), suppress(_Stopped):
-                    model(input_ids=batch.input_ids.to(model.device), attention_mask=mask, use_cache=False)
+                    model(input_ids=ids, attention_mask=mask, use_cache=False)
                 self._calls.append(calls)
                 self.masks.append(mask)
 
@@ -171,10 +171,10 @@ class BlockStack:
             return True
         times: list[int] = []
         handle = self.blocks[-1].register_forward_hook(lambda module, args, output: times.append(1))
-        batch = self._batches[0]
+        ids, mask = self._batches[0].on(self.device)
         try:
             with torch.no_grad():
-                self.model(input_ids=batch.input_ids.to(self.device), attention_mask=self.masks[0], use_cache=False)
+                self.model(input_ids=ids, attention_mask=mask, use_cache=False)
         finally:
             handle.remove()
         return len(times) == 1

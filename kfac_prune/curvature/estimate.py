@@ -100,8 +100,7 @@ def estimate_factors(
             alone = span if span is not None and span.suffices else None
             with capture.hooked(), recorded(spans if span is None else []):
                 for index, batch in enumerate(batches):
-                    ids = batch.input_ids.to(device)
-                    mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
+                    ids, mask = batch.on(device)
                     capture.token_mask = mask
                     first, last = int(batch.index[0]), int(batch.index[-1])
                     capture.batch = f"batch {first // size + 1} (windows {first + 1} to {last + 1})"
@@ -188,9 +187,7 @@ def participants(
 
     Experts are always among them, since which of them a window reaches says nothing of others.
     """
-    first = next(windows.batches(1))
-    ids = first.input_ids.to(model.device)
-    mask = None if first.attention_mask is None else first.attention_mask.to(model.device)
+    ids, mask = next(windows.batches(1)).on(model.device)
     reached: set[str] = set()
 
     def watch(name: str) -> Callable[..., None]:
@@ -212,9 +209,7 @@ def bypassed(model: PreTrainedModel, layers: Sequence[Layer], windows: Windows, 
     No hook sees their inputs, so there is no curvature for them. A layer that is neither called nor used here, such as
     an expert that no token was sent to, is not among them.
     """
-    first = next(windows.batches(1))
-    ids = first.input_ids.to(model.device)
-    mask = None if first.attention_mask is None else first.attention_mask.to(model.device)
+    ids, mask = next(windows.batches(1)).on(model.device)
     called: set[str] = set()
     with torch.no_grad(), ExitStack() as hooks:
         for layer in layers:

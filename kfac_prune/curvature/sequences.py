@@ -25,7 +25,7 @@ from kfac_prune.curvature.factors import Factors, LayerFactors
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.fisher import FisherType
-from kfac_prune.models import Layer
+from kfac_prune.models import Layer, only_trained
 from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.operators import BlockDiagonal, Curvature, Damping, DampingRecord, EigenKronecker, LowRank
 from kfac_prune.operators.damping import MAX_RELATIVE
@@ -191,12 +191,9 @@ def sequence_gradients(
     """
     draws = draw_all(model, windows, objective, seed)
     weights = [layer.parameters()[0] for layer in layers]
-    with frozen(model), torch.enable_grad():
-        for weight in weights:
-            weight.requires_grad_(True)
+    with frozen(model), only_trained(model, weights):
         for window in windows.batches(1):
-            ids = window.input_ids.to(model.device)
-            mask = None if window.attention_mask is None else window.attention_mask.to(model.device)
+            ids, mask = window.on(model.device)
             output = objective.output(model, ids, mask)
             for i, draw in enumerate(draws):
                 cotangent = objective.cotangent(output, draw[window.index], ids, mask, fisher)

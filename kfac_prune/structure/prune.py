@@ -339,9 +339,7 @@ class _Job:
 def _check_same(problem: Problem, cuts: Sequence[Cut], smaller: PreTrainedModel, windows: Windows) -> None:
     """The smaller model computes what the model with zeros does; nothing else in the architecture knew of the units."""
     mixture = any(isinstance(cut.group.consumer.module, ExpertLinear) for cut in cuts)
-    batch = next(windows.batches(8 if mixture else 1))
-    ids, mask = batch.input_ids.to(smaller.device), batch.attention_mask
-    mask = None if mask is None else mask.to(smaller.device)
+    ids, mask = next(windows.batches(8 if mixture else 1)).on(smaller.device)
     with torch.inference_mode():
         with problem.masked(cuts):
             wanted = problem.objective.output(problem.model, ids, mask).float()
