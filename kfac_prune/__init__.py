@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from kfac_prune.errors import InputError
     from kfac_prune.experts import split_experts
     from kfac_prune.export import save_model
-    from kfac_prune.models import load, load_model, load_tokenizer, prunable_layers
+    from kfac_prune.loading import load, load_model, load_tokenizer
+    from kfac_prune.models import prunable_layers
     from kfac_prune.obs import NM
     from kfac_prune.operators import Damping
     from kfac_prune.pipeline import run
@@ -50,9 +51,9 @@ _HOME = {
     "Windows": "data",
     "estimate_factors": "curvature.estimate",
     "evaluate": "quality",
-    "load": "models",
-    "load_model": "models",
-    "load_tokenizer": "models",
+    "load": "loading",
+    "load_model": "loading",
+    "load_tokenizer": "loading",
     "load_windows": "data",
     "make_plan": "plan",
     "prunable_layers": "models",

@@ -22,8 +22,9 @@ from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.figures import HOW_TO_GET
 from kfac_prune.inputs import Inputs, load_data, load_inputs, resolve_device
+from kfac_prune.loading import load_config
 from kfac_prune.memory import peak_within
-from kfac_prune.models import load_config, prunable_layers
+from kfac_prune.models import prunable_layers
 from kfac_prune.objective import CAUSAL, find_objective
 from kfac_prune.obs import NM
 from kfac_prune.operators import Damping

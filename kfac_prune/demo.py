@@ -13,7 +13,7 @@ from kfac_prune.curvature.factors import Method
 from kfac_prune.data import consecutive_windows, read_documents, sample_windows, token_stream
 from kfac_prune.export import save_model
 from kfac_prune.figures import HOW_TO_GET, Curve, Panel, draw
-from kfac_prune.models import load_model, load_tokenizer
+from kfac_prune.loading import load_model, load_tokenizer
 from kfac_prune.obs import NM
 from kfac_prune.quality import Quality
 from kfac_prune.store import check_output, earlier_result, new_folder

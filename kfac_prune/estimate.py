@@ -18,7 +18,7 @@ from kfac_prune.data import MAX_TEXT_BYTES, Document, token_stream
 from kfac_prune.errors import InputError
 from kfac_prune.inputs import resolve_device
 from kfac_prune.inspect_model import empty_model
-from kfac_prune.models import DTYPES, load_config, load_tokenizer
+from kfac_prune.loading import DTYPES, load_config, load_tokenizer
 from kfac_prune.objective import find_objective
 
 GIB = 2**30

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kfac_prune import pruned_model
 from kfac_prune.experts import whole_experts
-from kfac_prune.models import load
+from kfac_prune.loading import load
 from kfac_prune.objective import modules_of, side_file
 
 #: File of a checkpoint that holds the code of a model with widths of its own.

@@ -25,7 +25,8 @@ from kfac_prune.data import (
 )
 from kfac_prune.errors import InputError, reason
 from kfac_prune.experts import split_experts
-from kfac_prune.models import Layer, context_length, load_model, load_tokenizer, prunable_layers
+from kfac_prune.loading import context_length, load_model, load_tokenizer
+from kfac_prune.models import Layer, prunable_layers
 from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.offload import offload
 from kfac_prune.stream import BlockStack, find_writers

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from kfac_prune.errors import InputError, reason
 from kfac_prune.experts import split_experts
-from kfac_prune.models import LOADERS, Layer, class_with_own_widths, head_of, load_config, prunable_layers
+from kfac_prune.loading import LOADERS, class_with_own_widths, head_of, load_config
+from kfac_prune.models import Layer, prunable_layers
 from kfac_prune.structure.groups import AttentionHeads, ExpertUnits, Group, find_heads, find_widths, saving
 from kfac_prune.structure.shrink import accepted_heads
 

@@ -18,7 +18,8 @@ from kfac_prune.errors import InputError
 from kfac_prune.experts import ExpertLinear
 from kfac_prune.inputs import finite_windows, first_window, has_writers, load_inputs
 from kfac_prune.inspect_model import coverage
-from kfac_prune.models import Layer, load_config
+from kfac_prune.loading import load_config
+from kfac_prune.models import Layer
 from kfac_prune.objective import Objective, find_objective
 from kfac_prune.quality import Quality
 from kfac_prune.reconstruction import own_steps

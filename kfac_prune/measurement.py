@@ -8,7 +8,8 @@ from kfac_prune.config import Recipe
 from kfac_prune.errors import InputError
 from kfac_prune.experts import split_experts
 from kfac_prune.inputs import check_runs, check_tokens, evaluation_windows, resolve_device, vocabulary_size
-from kfac_prune.models import load_config, load_model, load_tokenizer, prunable_layers
+from kfac_prune.loading import load_config, load_model, load_tokenizer
+from kfac_prune.models import prunable_layers
 from kfac_prune.objective import CAUSAL, find_objective
 from kfac_prune.quality import evaluate
 from kfac_prune.report import DIVERGENCES, LIKENESS

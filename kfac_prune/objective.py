@@ -26,7 +26,7 @@ from transformers.utils.hub import cached_file
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.fisher import FisherType, logit_gradient, next_token_labels, sample_labels
-from kfac_prune.models import Head, head_of
+from kfac_prune.loading import Head, head_of
 
 Pooling = Literal["mean", "cls"]
 #: Neighbours of every sentence that are looked for again in the pruned model's embedding.

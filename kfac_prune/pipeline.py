@@ -24,7 +24,8 @@ from kfac_prune.experts import ExpertLinear
 from kfac_prune.export import CODE, save_model, save_side_files, verify_saved
 from kfac_prune.inputs import resolve_device
 from kfac_prune.job import Job, Outcome, begin, target_of
-from kfac_prune.models import Layer, find_blocks, head_of, prunable_layers
+from kfac_prune.loading import head_of
+from kfac_prune.models import Layer, find_blocks, prunable_layers
 from kfac_prune.obs import NM
 from kfac_prune.operators import Damping
 from kfac_prune.permute import Permuted, permute_model

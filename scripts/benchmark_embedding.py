@@ -32,7 +32,8 @@ from kfac_prune.curvature.estimate import estimate_factors, participants
 from kfac_prune.curvature.factors import Factors
 from kfac_prune.curves import loss_curves
 from kfac_prune.data import Document, choose_texts, sequence_windows
-from kfac_prune.models import load_config, load_model, load_tokenizer, prunable_layers
+from kfac_prune.loading import load_config, load_model, load_tokenizer
+from kfac_prune.models import prunable_layers
 from kfac_prune.objective import find_objective
 from kfac_prune.obs import NM
 from kfac_prune.permute import permute_model

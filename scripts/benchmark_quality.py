@@ -25,7 +25,7 @@ from kfac_prune.bench import Bench, PrunedCopy
 from kfac_prune.block_training import Reconstruction
 from kfac_prune.config import RECONSTRUCT, parse_pattern
 from kfac_prune.data import Windows, consecutive_windows, read_documents, sample_windows, token_stream
-from kfac_prune.models import context_length, load_model, load_tokenizer
+from kfac_prune.loading import context_length, load_model, load_tokenizer
 from kfac_prune.obs import NM
 from kfac_prune.report import peak_memory_bytes, versions
 

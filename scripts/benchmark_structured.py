@@ -25,7 +25,8 @@ from kfac_prune.block_training import Reconstruction
 from kfac_prune.config import RECONSTRUCT
 from kfac_prune.curvature.estimate import estimate_factors
 from kfac_prune.errors import InputError
-from kfac_prune.models import context_length, load_model, load_tokenizer, prunable_layers
+from kfac_prune.loading import context_length, load_model, load_tokenizer
+from kfac_prune.models import prunable_layers
 from kfac_prune.quality import evaluate
 from kfac_prune.report import peak_memory_bytes, versions
 from kfac_prune.structure.groups import FfnUnits, consumers_of, find_heads

@@ -14,7 +14,7 @@ import torch
 from letters import LETTERS, save_llama
 from test_cli import listing
 
-from kfac_prune import cli, inputs, measurement, models, reconstruction
+from kfac_prune import cli, inputs, loading, measurement, reconstruction
 from kfac_prune.cli import build_parser, main
 from kfac_prune.config import Recipe
 from kfac_prune.errors import InputError
@@ -61,7 +61,7 @@ def attempt(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(cli, "build_parser", PARSER)
     for module in (inputs, measurement):  # the same one thousands of times
-        monkeypatch.setattr(module, "load_tokenizer", cache(models.load_tokenizer))
+        monkeypatch.setattr(module, "load_tokenizer", cache(loading.load_tokenizer))
     (folder / "bad").mkdir(exist_ok=True)
 
     def run(*arguments, good="empty.txt holds no text"):
@@ -348,7 +348,7 @@ def broken(rng, data):
 
 def test_tokenizers(attempt, monkeypatch):
     for module in (inputs, measurement):
-        monkeypatch.setattr(module, "load_tokenizer", models.load_tokenizer)
+        monkeypatch.setattr(module, "load_tokenizer", loading.load_tokenizer)
     rng, counted, names = random.Random(6), 0, ("tokenizer.json", "tokenizer_config.json")
     copy_model("*.safetensors")
     while counted < CASES["tokenizers"]:

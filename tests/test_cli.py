@@ -15,7 +15,7 @@ from letters import LETTERS, save_llama
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
 
-from kfac_prune import models, pipeline
+from kfac_prune import loading, pipeline
 from kfac_prune.cli import build_parser, main
 from kfac_prune.config import Recipe
 
@@ -344,7 +344,7 @@ def test_unreachable_hub_model(here, capsys, monkeypatch):
         calls.append(source)
         raise OSError("We couldn't connect to 'https://huggingface.co' to load the files.\nCheck your connection.")
 
-    monkeypatch.setattr(models.AutoConfig, "from_pretrained", unreachable)
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", unreachable)
     for arguments in (["prune", "someone/some-model", "--out", "out"], ["eval", "someone/some-model"]):
         message, out = refused([*arguments, "--data", "text.txt"], capsys)
         assert "someone/some-model is neither a local model folder nor a hub model to be had" in message

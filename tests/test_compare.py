@@ -19,8 +19,9 @@ from kfac_prune.config import Recipe
 from kfac_prune.curvature.estimate import estimate_factors
 from kfac_prune.errors import InputError
 from kfac_prune.inputs import load_data
+from kfac_prune.loading import load_model, load_tokenizer
 from kfac_prune.memory import peak_within
-from kfac_prune.models import load_model, load_tokenizer, prunable_layers
+from kfac_prune.models import prunable_layers
 from kfac_prune.obs import NM
 from kfac_prune.plan import make_plan, prune
 from kfac_prune.probe import Probe

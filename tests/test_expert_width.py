@@ -17,7 +17,8 @@ from kfac_prune.errors import InputError
 from kfac_prune.experts import split_experts
 from kfac_prune.export import save_model, verify_saved
 from kfac_prune.inspect_model import describe
-from kfac_prune.models import WeightSwap, load, load_model, prunable_layers
+from kfac_prune.loading import load, load_model
+from kfac_prune.models import WeightSwap, prunable_layers
 from kfac_prune.operators import Damping
 from kfac_prune.quality import evaluate
 from kfac_prune.structure import prune as structured

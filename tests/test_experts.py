@@ -31,7 +31,8 @@ from kfac_prune.data import Windows
 from kfac_prune.experts import ExpertLinear, routers, split_experts, whole_experts
 from kfac_prune.export import save_model, verify_saved
 from kfac_prune.inspect_model import describe
-from kfac_prune.models import WeightSwap, load, prunable_layers
+from kfac_prune.loading import load
+from kfac_prune.models import WeightSwap, prunable_layers
 from kfac_prune.objective import CAUSAL
 from kfac_prune.obs import NM
 from kfac_prune.operators import Damping, quadratic_loss

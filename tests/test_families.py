@@ -27,7 +27,8 @@ from kfac_prune.experts import split_experts
 from kfac_prune.export import save_model, verify_saved
 from kfac_prune.inputs import called_layers, reached_layers
 from kfac_prune.inspect_model import coverage, describe
-from kfac_prune.models import load, prunable_layers
+from kfac_prune.loading import load
+from kfac_prune.models import prunable_layers
 from kfac_prune.objective import Classes, find_objective
 from kfac_prune.obs import NM
 from kfac_prune.plan import make_plan, prune

@@ -22,7 +22,7 @@ LAYERS = (
     ("kernels", "ranks"),
     ("backend",),
     ("config", "linalg", "data", "store", "pruned_model", "experts"),
-    ("models", "fisher", "protocol", "recipe_file"),
+    ("models", "loading", "fisher", "protocol", "recipe_file"),
     ("objective", "products", "masked_training"),
     ("quality",),
     ("operators", "stream", "export", "offload"),

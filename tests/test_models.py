@@ -12,15 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from kfac_prune.errors import InputError
-from kfac_prune.models import (
-    Layer,
-    WeightSwap,
-    context_length,
-    load_config,
-    load_model,
-    load_tokenizer,
-    prunable_layers,
-)
+from kfac_prune.loading import context_length, load_config, load_model, load_tokenizer
+from kfac_prune.models import Layer, WeightSwap, prunable_layers
 
 NAMES = {
     "llama": [
@@ -403,6 +396,17 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(saved):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     message = refused(load_model, str(folder))
     assert "lacks 1 of the model's tensors, such as model.layers.1.mlp.up_proj.weight" in message
+
+
+def test_tensors_that_the_model_has_no_place_for_are_told(saved, caplog):
+    folder, _, tensors = saved
+    load_model(str(folder))
+    assert not caplog.records
+    save_file(tensors | {"model.mtp.weight": torch.ones(3, 3)}, folder / "model.safetensors", {"format": "pt"})
+    load_model(str(folder))
+    assert f"1 tensors of {folder} are no part of LlamaForCausalLM and are not kept, such as model.mtp.weight" in [
+        record.getMessage() for record in caplog.records
+    ]
 
 
 def test_a_tensor_of_another_shape_is_refused(saved):

@@ -20,8 +20,9 @@ from kfac_prune.curvature import estimate
 from kfac_prune.curvature.estimate import estimate_factors, participants
 from kfac_prune.data import Document, Windows, choose_texts, sequence_windows
 from kfac_prune.errors import InputError
+from kfac_prune.loading import load_config
 from kfac_prune.measurement import measure
-from kfac_prune.models import Layer, load_config, prunable_layers
+from kfac_prune.models import Layer, prunable_layers
 from kfac_prune.objective import Classes, Embedding, Tokens, find_objective, neighbours_kept
 from kfac_prune.obs import NM
 from kfac_prune.pipeline import run

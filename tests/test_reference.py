@@ -12,7 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from kfac_prune.curvature.estimate import estimate_factors
 from kfac_prune.data import Windows, read_documents, token_stream
-from kfac_prune.models import context_length, load_model, load_tokenizer, prunable_layers
+from kfac_prune.loading import context_length, load_model, load_tokenizer
+from kfac_prune.models import prunable_layers
 from kfac_prune.obs import NM
 from kfac_prune.plan import make_plan, prune
 

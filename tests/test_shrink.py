@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralF
 
 from kfac_prune.errors import InputError
 from kfac_prune.export import save_model, verify_saved
-from kfac_prune.models import load, load_model
+from kfac_prune.loading import load, load_model
 from kfac_prune.structure.shrink import Cut, accepted_heads, base_class, shrink
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6}  # of the largest logit
