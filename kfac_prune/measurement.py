@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kfac_prune.config import Recipe
+from kfac_prune.curvature.estimate import participants
 from kfac_prune.errors import InputError
 from kfac_prune.experts import split_experts
 from kfac_prune.inputs import check_runs, check_tokens, evaluation_windows, resolve_device, vocabulary_size
@@ -64,6 +65,8 @@ def measure(recipe: Recipe, *, dense_source: str | None = None, quiet: bool = Tr
     measured: Any = {"objective": objective, "batch_size": recipe.batch_size, "quiet": quiet}
     quality = evaluate(model, windows, dense=dense, **measured)
     layers = prunable_layers(model)
+    if objective.unit == "sequence":
+        layers = participants(model, layers, windows, objective)
     zeros = sum(int((layer.weight == 0).sum()) for layer in layers)
     rows = []
     if quality.loss is not None:

@@ -456,6 +456,8 @@ def test_a_whole_run(folder, tmp_path, kind, options):
     table = measure(Recipe(**{**vars(made), "model": made.out, "out": "unused"}), dense_source=made.model)
     assert re.search(r"nats/(sequence|token)\)", table)
     assert "perplexity" not in table
+    if "structured" not in options:
+        assert re.search(r"sparsity of linear layers +50\.0%", table)  # the pooler, which stays dense, does not count
 
 
 def test_sentence_transformers_loads_it(folder, tmp_path):
