@@ -50,7 +50,6 @@ LABELS = {
     "kfac+refit": "K-FAC + refit, shots",
     "magnitude+reconstruction": "magnitude + reconstruction",
     "layerwise+reconstruction": "layer-wise (G = I) + reconstruction",
-    "kfac+refit+reconstruction": "K-FAC + refit, shots + reconstruction",
     "kfac+reconstruction": "**K-FAC + reconstruction (default)**",
 }
 SPEED_MODEL = "random Llama, 8 blocks of width 1024"
@@ -148,6 +147,8 @@ def run_model(name: str, arguments: argparse.Namespace) -> Any:
                 print(f"{name} {percent} %: {error}", flush=True)
                 continue
             yield row(method, percent, best, others, time.perf_counter() - start)
+            if settings.refit:  # is instead of a reconstruction
+                continue
             reconstruct_smaller(model, best.model, layers, factors, calibration, Reconstruction(RECONSTRUCT))
             yield row(f"{method}+reconstruction", percent, best, others, time.perf_counter() - start)
 
