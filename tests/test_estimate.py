@@ -14,7 +14,7 @@ from transformers import LlamaConfig, MixtralConfig
 from kfac_prune.cli import main
 from kfac_prune.config import Recipe
 from kfac_prune.costs.dry_run import DryRun
-from kfac_prune.costs.machine import CARDS, named, rate
+from kfac_prune.costs.machine import CARDS, measured, named, rate
 from kfac_prune.costs.stages import Setting
 from kfac_prune.costs.work import Call, Factorisation, Move, Product, Transfer, Work, counted
 from kfac_prune.curvature.estimate import estimate_factors, frozen
@@ -323,6 +323,11 @@ def test_a_named_card_is_below_its_public_figures(name):
     assert machine.bandwidth[0][1] < card.bandwidth * 1e12
     second = Work({Product("bfloat16", 4096, 4096, 4096): 1})
     assert machine.seconds(second) > second.flops / (card.bfloat16 * 1e12)
+
+
+def test_a_device_that_is_not_known_is_not_taken_for_another():
+    with pytest.raises(InputError, match="of mps cannot be measured"):
+        measured("mps", torch.float32)
 
 
 def test_rates_between_sizes():

@@ -200,10 +200,15 @@ def measured(device: str, dtype: torch.dtype) -> Machine:
     Args:
         device: of torch, one that exists.
         dtype: of the model.
+
+    Raises:
+        InputError: a device of another kind than CPU or CUDA.
     """
-    base, busy = float(psutil.Process().memory_info().rss), psutil.cpu_percent(interval=0.2) / 100
     kind = torch.device(device).type
-    kind = kind if kind in WIDTHS else "cuda"
+    if kind not in WIDTHS:
+        raise InputError(f"the speed of {device} cannot be measured, only that of a CPU or of a CUDA GPU; name a GPU "
+                         "with --for, or use --device cpu")  # fmt: skip
+    base, busy = float(psutil.Process().memory_info().rss), psutil.cpu_percent(interval=0.2) / 100
     products: dict[Precision, Rates] = {}
     products["float32"] = [(w, _product(device, torch.float32, w)) for w in WIDTHS[kind]]
     with approximate_products():
