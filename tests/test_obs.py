@@ -564,3 +564,20 @@ class TestBias:
         assert torch.isfinite(solution.weight).all()
         assert not solution.mask[:, 1].any()
         assert math.isfinite(solution.kkt)
+
+
+@pytest.mark.parametrize("scale", [2.0**-40, 2.0**-83, 2.0**-99], ids=str)
+def test_a_layer_with_tiny_gradients_is_solved_like_any_other(scale):
+    """The square of its curvature is zero in float32."""
+    a, g = spd(8, seed=1, dtype=torch.float32), spd(6, seed=2, dtype=torch.float32)
+    weight = normal(6, 8, seed=3).float()
+    found = []
+    for size in (1.0, scale):
+        factors = LayerFactors(a, torch.zeros(8), g * size, 10, has_bias=False)
+        operator, _ = factors.operator("kfac", Damping(), where="layer")
+        found.append(solve(weight, operator, Unstructured(0.5)))
+    whole, tiny = found
+    assert torch.equal(whole.mask, tiny.mask)
+    assert_close(tiny.weight, whole.weight, condition=CONDITION)
+    assert tiny.loss / scale == pytest.approx(whole.loss, rel=1e-4)
+    assert tiny.kkt > 0

@@ -81,7 +81,7 @@ def compensate(
         if end.loss > believed * (1 + tolerance):
             end = loop(curvature, state, inverse, end, tolerance, max_iterations - iterations)
             iterations += int(end.iterations)
-    total = float(torch.sum(state[1].square() / diagonal))
+    total = float(torch.sum(state[1] * (state[1] / diagonal)))  # a square alone may underflow
     return Compensation(
         weight=x,
         loss=max(0.5 * float(torch.sum((weight - x) * state[1])), 0.0),

@@ -65,6 +65,15 @@ class Curvature(ABC):
         """H as a matrix [out*in, out*in]: the oracle of the tests, never used by library code."""
 
 
+def equilibrating(diagonal: Tensor, inverse_diagonal: Tensor) -> Tensor:
+    """The scale of ``equilibrated`` from the diagonals of H and H⁻¹, in their shape.
+
+    Roots come before the quotient, since that of tiny curvature (below 1e-23 in float32) by its inverse underflows.
+    """
+    scale = (diagonal.sqrt() / inverse_diagonal.sqrt()).sqrt()
+    return scale * (diagonal / scale**2).mean().sqrt()
+
+
 def quadratic_loss(curvature: Curvature, change: Tensor) -> float:
     """``½⟨D, H D⟩`` for D: [out, in]: the predicted increase of the loss (nats per token for the Fisher)."""
     return 0.5 * float((change * curvature.apply(change)).sum())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kfac_prune.linalg import inverse_from_cholesky
-from kfac_prune.operators.base import Curvature
+from kfac_prune.operators.base import Curvature, equilibrating
 
 #: What is cut into blocks: every row of W by itself, or vec(W), whose blocks run on from one row into the next.
 Along = Literal["rows", "vec"]
@@ -96,9 +96,7 @@ class BlockDiagonal(Curvature):
 
     def equilibrated(self) -> tuple[BlockDiagonal, Tensor]:
         """Rows and columns scaled by ``(H_qq / [H⁻¹]_qq)^¼``, then to mean diagonal one."""
-        diagonal = self.diagonal()
-        scale = (diagonal / self.inverse_diagonal()) ** 0.25
-        scale = scale * (diagonal / scale**2).mean().sqrt()
+        scale = equilibrating(self.diagonal(), self.inverse_diagonal())
         pieces = self._split(scale)
         pieces = torch.where(pieces > 0, pieces, torch.ones_like(pieces))  # beyond the end of a line
         return BlockDiagonal(self.blocks / (pieces[:, :, None] * pieces[:, None]), self._shape, self.along), scale

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from kfac_prune.linalg import inverse_from_cholesky, shifted
-from kfac_prune.operators.base import Curvature
+from kfac_prune.operators.base import Curvature, equilibrating
 
 
 class Dense(Curvature):
@@ -53,9 +53,7 @@ class Dense(Curvature):
 
     def equilibrated(self) -> tuple[Dense, Tensor]:
         """Rows and columns scaled by ``(H_qq / [H⁻¹]_qq)^¼``, then to mean diagonal one."""
-        diagonal = self.h.diagonal()
-        scale = (diagonal / self._inverse.diagonal()) ** 0.25
-        scale = scale * (diagonal / scale**2).mean().sqrt()
+        scale = equilibrating(self.h.diagonal(), self._inverse.diagonal())
         return Dense(self.h / (scale[:, None] * scale), self._shape), self._matrix(scale)
 
     def shifted_inverse(self, rho: float) -> Callable[[Tensor], Tensor]:

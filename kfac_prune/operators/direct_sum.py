@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kfac_prune.operators.base import Curvature
+from kfac_prune.operators.base import Curvature, equilibrating
 from kfac_prune.operators.scaled import Scaled
 
 
@@ -49,9 +49,7 @@ class DirectSum(Curvature):
 
     def equilibrated(self) -> tuple[DirectSum, Tensor]:
         """Every part equilibrated in its own way, then by one number each so that all have the same constant."""
-        diagonal = self.diagonal()
-        scale = (diagonal / self.inverse_diagonal()) ** 0.25
-        scale = scale * (diagonal / scale**2).mean().sqrt()
+        scale = equilibrating(self.diagonal(), self.inverse_diagonal())
         parts: list[Curvature] = []
         for part, wanted in zip(self.parts, self._split(scale), strict=True):
             equilibrated, own = part.equilibrated()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kfac_prune.linalg import inverse_from_cholesky, inverse_of_shifted, product
-from kfac_prune.operators.base import Curvature
+from kfac_prune.operators.base import Curvature, equilibrating
 
 
 class Kronecker(Curvature):
@@ -134,7 +134,6 @@ class Kronecker(Curvature):
 
 
 def _equilibrate(factor: Tensor, inverse_diagonal: Tensor) -> tuple[Tensor, Tensor]:
-    """``(F / (s sᵀ), s)`` with s = c·(diag F / diag F⁻¹)^¼ and c such that the new mean diagonal is one."""
-    scale = (factor.diagonal() / inverse_diagonal) ** 0.25
-    scale = scale * (factor.diagonal() / scale**2).mean().sqrt()
+    """``(F / (s sᵀ), s)`` with s as of ``equilibrating``."""
+    scale = equilibrating(factor.diagonal(), inverse_diagonal)
     return factor / torch.outer(scale, scale), scale

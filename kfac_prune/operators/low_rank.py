@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kfac_prune.operators.base import Curvature
+from kfac_prune.operators.base import Curvature, equilibrating
 
 
 class LowRank(Curvature):
@@ -74,9 +74,7 @@ class LowRank(Curvature):
 
     def equilibrated(self) -> tuple[LowRank, Tensor]:
         """Weights scaled by ``(H_qq / [H⁻¹]_qq)^¼``, then to mean diagonal one: again a diagonal plus low rank."""
-        diagonal = self.diagonal()
-        scale = (diagonal / self._inverse_diagonal) ** 0.25
-        scale = scale * (diagonal / scale**2).mean().sqrt()
+        scale = equilibrating(self.diagonal(), self._inverse_diagonal)
         return LowRank(self.d / scale**2, self.factors / scale), scale
 
     def shifted_inverse(self, rho: float) -> Callable[[Tensor], Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from kfac_prune.operators.base import Curvature
+from kfac_prune.operators.base import Curvature, equilibrating
 
 
 class Scaled(Curvature):
@@ -41,9 +41,7 @@ class Scaled(Curvature):
 
     def equilibrated(self) -> tuple[Scaled, Tensor]:
         """The same H with another scale."""
-        diagonal = self.diagonal()
-        scale = (diagonal / self.inverse_diagonal()) ** 0.25
-        scale = scale * (diagonal / scale**2).mean().sqrt()
+        scale = equilibrating(self.diagonal(), self.inverse_diagonal())
         return Scaled(self.inner, self.scale * scale), scale
 
     def shifted_inverse(self, rho: float) -> Callable[[Tensor], Tensor]:
