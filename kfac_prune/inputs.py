@@ -226,7 +226,7 @@ def finite_windows(
         for batch in ranks.share(list(windows.batches(batch_size))):
             finite.clear()
             finite.append(objective.output(model, *batch.on(model.device)).isfinite().all())
-            if all(bool(one) for one in finite):
+            if torch.stack(finite).all():
                 good += batch.index.tolist()
     rows = torch.tensor(sorted(row for part in ranks.gathered(good) for row in part), dtype=torch.int64)
     if not len(rows):

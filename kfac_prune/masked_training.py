@@ -67,7 +67,7 @@ class MaskedParameters:
             count: of what it is summed over. Under several processes the mean is over the batches of all.
             copies: of the parameters.
         """
-        loss, everywhere = ranks.summed(torch.stack([total.detach(), total.new_tensor(count)]))[0].unbind()
+        loss, everywhere = ranks.summed(torch.stack([total.detach(), torch.full_like(total, count)]))[0].unbind()
         everywhere = everywhere.clamp_min(1)
         # an expert that no token of the batch reaches has no gradient
         found = torch.autograd.grad(total, self.parameters, allow_unused=True, materialize_grads=True)

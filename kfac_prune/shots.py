@@ -33,7 +33,7 @@ from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.obs import Pattern, Unstructured, newton_point, solve
 from kfac_prune.operators import Damping, Kronecker
 from kfac_prune.plan import Plan
-from kfac_prune.problems import PlannedLayer, solved
+from kfac_prune.problems import PlannedLayer, owners, solved
 from kfac_prune.progress import progress
 from kfac_prune.quality import evaluate
 
@@ -142,11 +142,11 @@ def correct(
     for number in progress(range(1, corrections + 1), desc="shots", unit="shot", disable=quiet):
         factors = estimate_factors(model, layers, fit, fisher=fisher, seed=seed + number, **options)
         gradients = kl_gradient(model, layers, fit, dense, **options)
-        problems = [  # an expert that the pruned model sends no token to stays as it is
+        problems = [  # those that this process solves; an expert that the pruned model sends no token to stays
             _Problem(layer, factors.layers[layer.name], gradient, damping or Damping())
-            if layer.name in factors.layers
+            if process == ranks.index() and layer.name in factors.layers
             else None
-            for layer, gradient in zip(layers, gradients, strict=True)
+            for layer, gradient, process in zip(layers, gradients, owners(layers), strict=True)
         ]
         step, moved = _searched(layers, problems, present, pattern, lambda: kl(few))
         _assign(layers, moved)

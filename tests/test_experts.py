@@ -26,7 +26,7 @@ from kfac_prune import pipeline
 from kfac_prune.cli import main
 from kfac_prune.curvature import estimate
 from kfac_prune.curvature.estimate import draw_all, estimate_factors, participants
-from kfac_prune.curvature.few_tokens import intensity, shrunk
+from kfac_prune.curvature.few_tokens import intensity, shrink_
 from kfac_prune.data import Windows
 from kfac_prune.experts import ExpertLinear, routers, split_experts, whole_experts
 from kfac_prune.export import save_model, verify_saved
@@ -188,7 +188,7 @@ def test_inspect_counts_them(model, tmp_path):
 @pytest.fixture
 def plain(monkeypatch):
     """Factors as they are, not shrunk."""
-    monkeypatch.setattr(estimate, "shrunk", lambda second, count: (second, 0.0))
+    monkeypatch.setattr(estimate, "shrink_", lambda second, count: 0.0)
 
 
 def seen_by_the_interface(model, windows, seed, objective=CAUSAL):
@@ -291,7 +291,8 @@ def test_shrinkage_lowers_the_error(tokens):
     for i in range(repeats):
         x = torch.randn(tokens, n, generator=generator) @ root.T
         sample = x.T @ x / tokens
-        found, rho = shrunk(sample, tokens)
+        found = sample.clone()
+        rho = shrink_(found, tokens)
         assert 0 < rho <= 1
         assert found.trace() == pytest.approx(float(sample.trace()), rel=1e-5)
         target = sample.trace() / n * torch.eye(n)

@@ -60,9 +60,9 @@ def recipe(root, name, processes):
     return Recipe(model=str(root / "model"), data=str(root / "text.txt"), out=out, **small | RUNS[name])
 
 
-def factors_of(max_memory=None):
+def factors_of(max_memory=None, count=7):
     model = build("opt")
-    windows = random_windows(count=7, length=9, lengths=(9, 4, 7, 9, 2, 9, 5))
+    windows = random_windows(count=count, length=9, lengths=(9, 4, 7, 9, 2, 9, 5)[:count])
     return estimate_factors(model, prunable_layers(model), windows, batch_size=2, max_memory=max_memory)
 
 
@@ -71,7 +71,11 @@ def work(root, processes):
     factors = factors_of()
     records = {name: run(recipe(root, name, processes)) for name in RUNS if name in DONE[processes]}
     grouped = dict(factors_of(max_memory=SOME_LAYERS).layers)
-    return {"layers": factors.layers, "grouped": grouped, "streams": factors.streams, "records": records}
+    single = [factors_of(most, count=1) for most in (None, SOME_LAYERS)]  # all others see no text
+    return {
+        "layers": factors.layers, "grouped": grouped, "streams": factors.streams, "records": records,
+        "single": [(dict(f.layers), f.streams) for f in single],
+    }  # fmt: skip
 
 
 #: Modules that multiply approximately where the CPU has units for it; their rounding makes more of small differences.
@@ -122,7 +126,7 @@ def expert_seen_by_one():
             routed = 1 * x
             y = y + gate(routed) * up(routed)
         y.sum().backward()
-    capture.add_up()
+    capture.add_up(torch.device("cpu"))
     return {name: (m.second, m.first, m.tokens) for name, m in capture.inputs.items()} | {
         f"{name}'": (m.second, m.tokens) for name, m in capture.gradients.items()
     }
@@ -152,6 +156,15 @@ class TestStages:
                     assert_near(getattr(found, part), getattr(expected, part), 1e-6)
             for name, expected in alone["streams"].items():
                 assert_near(mine["streams"][name], expected, 1e-6)
+
+    def test_a_process_may_see_no_text(self, alone, several):
+        for mine in several:
+            for (layers, streams), (expected, wanted) in zip(mine["single"], alone["single"], strict=True):
+                for name, factors in expected.items():
+                    assert_near(layers[name].a, factors.a, 1e-6)
+                    assert_near(layers[name].g, factors.g, 1e-6)
+                for name, g in wanted.items():
+                    assert_near(streams[name], g, 1e-6)
 
     def test_all_processes_end_with_the_same(self, several):
         first, *others = several

@@ -123,32 +123,33 @@ class FactorCapture:
                 handle.remove()
             self._last = None
 
-    def add_up(self) -> None:
+    def add_up(self, device: torch.device) -> None:
         """Add what all processes have seen; afterwards each has the sums of all.
 
-        An expert may have seen tokens in one process and none in another.
+        An expert may have seen tokens in one process and none in another, and a process no batch at all.
+
+        Args:
+            device: of the sums; that of a layer's weight may be another.
         """
         if ranks.count() == 1:
             return
-        said = ranks.gathered((set(self.inputs), self._reads_with, set(self.gradients)))
+        widths = {name: len(moments.second) for name, moments in self.gradients.items()}
+        said = ranks.gathered((set(self.inputs), self._reads_with, widths))
         read = set().union(*(names for names, _, _ in said))
         reads_with = {name: owner for _, pairs, _ in said for name, owner in pairs.items()}
-        written = set().union(*(names for _, _, names in said))
-        device = next(iter(self.gradients.values())).second.device  # that of a layer's weight may be another
+        widths = {name: width for _, _, found in said for name, width in found.items()}
         for layer in self.layers:
             if layer.name in read - set(reads_with):
                 if layer.name not in self.inputs:
                     self.inputs[layer.name] = InputMoments.zeros(layer.shape[1], device)
                 moments = self.inputs[layer.name]
                 moments.tokens = ranks.counted(moments.tokens, moments.second, moments.first)
-            if layer.name in written:
-                if layer.name not in self.gradients:
-                    self.gradients[layer.name] = GradientMoments.zeros(layer.shape[0], device)
-                gradients = self.gradients[layer.name]
+        for name in (*(layer.name for layer in self.layers), *self.blocks):
+            if name in widths:
+                if name not in self.gradients:
+                    self.gradients[name] = GradientMoments.zeros(widths[name], device)
+                gradients = self.gradients[name]
                 gradients.tokens = ranks.counted(gradients.tokens, gradients.second)
-        for name in self.blocks:
-            gradients = self.gradients[name]
-            gradients.tokens = ranks.counted(gradients.tokens, gradients.second)
         self.inputs |= {name: self.inputs[owner] for name, owner in reads_with.items()}
 
     def _hook(self, layer: Layer) -> list[RemovableHandle]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from kfac_prune import ranks
 from kfac_prune.curvature.capture import FactorCapture, GradientMoments, InputMoments
 from kfac_prune.curvature.factors import Factors, FactorShelf, LayerFactors
-from kfac_prune.curvature.few_tokens import FewTokens, shrunk
+from kfac_prune.curvature.few_tokens import FewTokens, shrink_
 from kfac_prune.curvature.spans import Span, recorded
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
@@ -113,7 +113,7 @@ def estimate_factors(
                             cotangent = objective.cotangent(output, draw[batch.index], ids, mask, fisher)
                             output.backward(cotangent, retain_graph=i < len(draws) - 1)
                     bar.update(len(ids))
-            capture.add_up()
+            capture.add_up(device)
             for name in capture.blocks:
                 moments = capture.gradients[name]
                 streams[name] = moments.second / (sequences or windows.tokens)
@@ -247,14 +247,17 @@ def _finish(
     for moments in shared.values():
         moments.second /= moments.tokens
         moments.first /= moments.tokens
-    found = {}
+    found: dict[str, LayerFactors] = {}
+    rho_a: dict[int, float] = {}  # by the moments, which experts may share
     for layer in layers:
         inputs, gradients = capture.inputs[layer.name], capture.gradients[layer.name]
         gradients.second /= sequences or everything
         a, g, few = inputs.second, gradients.second, None
         if isinstance(layer.module, ExpertLinear):
-            (a, by_a), (g, by_g) = shrunk(a, inputs.tokens), shrunk(g, gradients.tokens)
-            few = FewTokens(inputs.tokens, inputs.tokens / everything, by_a, by_g)
+            if id(inputs) not in rho_a:
+                rho_a[id(inputs)] = shrink_(a, inputs.tokens)
+            rho_g = shrink_(g, gradients.tokens)
+            few = FewTokens(inputs.tokens, inputs.tokens / everything, rho_a[id(inputs)], rho_g)
         found[layer.name] = LayerFactors(a, inputs.first, g, inputs.tokens, layer.bias is not None, few)
     return found
 

@@ -47,9 +47,8 @@ def intensity(second: Tensor, count: int) -> float:
     return min(1.0, ((1 - 2 / n) * square + trace**2) / ((count + 1 - 2 / n) * spread))
 
 
-def shrunk(second: Tensor, count: int) -> tuple[Tensor, float]:
-    """``(1 − ρ) S + ρ μ I`` [n, n] and ρ; see ``intensity``."""
-    rho = intensity(second, count)
-    result = second * (1 - rho)
-    result.diagonal().add_(rho * second.diagonal().mean())
-    return result, rho
+def shrink_(second: Tensor, count: int) -> float:
+    """Make S [n, n] ``(1 − ρ) S + ρ μ I`` in place; returns ρ, see ``intensity``."""
+    rho, mean = intensity(second, count), second.diagonal().mean()
+    second.mul_(1 - rho).diagonal().add_(rho * mean)
+    return rho

@@ -54,7 +54,7 @@ class ByPattern(ZStep):
 
 @dataclass(frozen=True)
 class FusedThreshold(ZStep):
-    """For an unstructured pattern: two operators, none of which waits for the host.
+    """For an unstructured pattern: two operators; only who reads the churn waits for the device.
 
     Scores that tie with the first one dropped are dropped too; ``finished`` fills up what that leaves free.
 
