@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kfac_prune import pruned_model
+from kfac_prune.errors import InputError, reason
 from kfac_prune.experts import whole_experts
 from kfac_prune.loading import load
 from kfac_prune.objective import modules_of, side_file
@@ -31,6 +33,23 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
         (folder / CODE).write_text(code.replace("@BASE@", base), encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def check_saves(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """All but the weights can be written, which need not be so of what could be read.
+
+    Raises:
+        InputError: transformers refuses; says which part and why.
+    """
+    parts = {"config.json": model.config, "generation_config.json": model.generation_config, "tokenizer": tokenizer}
+    with tempfile.TemporaryDirectory() as place:
+        for name, part in parts.items():
+            try:
+                if part is not None:
+                    part.save_pretrained(place)
+            except Exception as error:  # validators of transformers raise types of their own
+                source = model.config.name_or_path
+                raise InputError(f"the {name} of {source} can be loaded and not saved: {reason(error)}") from error
 
 
 def save_side_files(source: str, folder: Path) -> None:

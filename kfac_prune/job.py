@@ -16,6 +16,7 @@ from kfac_prune.curvature.factors import CURVATURE_BYTES
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.experts import ExpertLinear
+from kfac_prune.export import check_saves
 from kfac_prune.inputs import finite_windows, first_window, has_writers, load_inputs
 from kfac_prune.inspect_model import coverage
 from kfac_prune.loading import load_config
@@ -24,7 +25,7 @@ from kfac_prune.objective import Objective, find_objective
 from kfac_prune.quality import Quality
 from kfac_prune.reconstruction import own_steps
 from kfac_prune.report import Stages
-from kfac_prune.store import check_apart, check_output, work_folder, work_left
+from kfac_prune.store import FOREIGN, OCCUPIED, check_apart, check_output, earlier_result, work_folder, work_left
 from kfac_prune.structure.groups import Group
 from kfac_prune.structure.latency import latency_target
 from kfac_prune.structure.prune import Target, parameters_target, weights_target
@@ -68,7 +69,8 @@ def begin(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
     Raises:
         InputError: something about the input is wrong.
     """
-    check_output(recipe.out, overwrite=recipe.overwrite)
+    replaced = recipe.overwrite and earlier_result(recipe.out, ("kfac_prune.json", "*"))
+    check_output(recipe.out, overwrite=replaced, occupied=FOREIGN if recipe.overwrite else OCCUPIED)
     left, folder = len(work_left(recipe.out)), work_folder(recipe.out)
     if left and not recipe.resume and not recipe.overwrite:
         raise InputError(
@@ -91,6 +93,7 @@ def begin(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
         left = 0 if recipe.structured else min(curvature, CURVATURE_BYTES)
         needed = int(room * model.get_memory_footprint()) + left
         check_output(recipe.out, overwrite=recipe.overwrite, need_bytes=needed)
+        check_saves(model, loaded.tokenizer)
     echo(coverage(model, layers))
     for remark in _remarks(recipe, layers, calibration):
         echo(remark)
@@ -144,7 +147,8 @@ def _repairs(recipe: Recipe, model: PreTrainedModel, calibration: Windows, echo:
         own_steps(calibration)  # refused now rather than once the plan is made
     if recipe.refit and not has_writers(stack):
         echo(
-            f"no refit: what the blocks of {kind} add to the residual stream is normalised first, or comes from experts"
+            f"no refit: no layers of {kind} give together what its first block adds to the residual stream (it may be "
+            "normalised first, or come from experts)"
         )
         recipe = replace(recipe, refit=False)
     return recipe

@@ -210,8 +210,11 @@ def _global_threshold(layers: Sequence[Layer], problems: Problems, sparsity: flo
     everything = torch.cat(list(scores.values()))
     keep = max(everything.numel() - round(sparsity * everything.numel()), 1)
     threshold = kth_largest(everything, keep)
+    below = {name: int((s < threshold).sum()) for name, s in scores.items()}
+    equal = {name: int((s == threshold).sum()) for name, s in scores.items()}
+    share = (everything.numel() - keep - sum(below.values())) / sum(equal.values())  # of those at the threshold
     most = 1 - 1e-6  # every layer keeps at least one weight
-    return {name: min(float((s < threshold).float().mean()), most) for name, s in scores.items()}
+    return {name: min((below[name] + share * equal[name]) / s.numel(), most) for name, s in scores.items()}
 
 
 def _in_shots(

@@ -15,8 +15,8 @@ from torch import nn
 def with_own_widths(base: Any) -> Any:
     """The model class ``base``, whose constructor gives the layers in ``config.pruned_shapes`` their own [out, in].
 
-    A matrix of experts there has three sizes, [experts, out, in]. ``config.pruned_heads`` gives attention modules their
-    own (query heads, key-value heads).
+    A matrix of experts there has three sizes, [experts, out, in]. ``config.pruned_head_counts`` gives attention modules
+    their own (query heads, key-value heads).
     """
 
     class Pruned(base):  # type: ignore[misc]
@@ -34,7 +34,7 @@ def with_own_widths(base: Any) -> Any:
                 else:  # GPT-2's Conv1D, whose weight is [in, out]
                     new = type(old)(rows, columns).to(device=old.weight.device, dtype=old.weight.dtype)
                 setattr(self.get_submodule(parent), child, new)
-            for name, (heads, kv_heads) in config.pruned_heads.items():
+            for name, (heads, kv_heads) in config.pruned_head_counts.items():
                 attention = self.get_submodule(name)
                 counts = {"num_key_value_groups": heads // kv_heads, "num_key_value_heads": kv_heads}
                 counts |= {"num_heads": heads, "num_attention_heads": heads}

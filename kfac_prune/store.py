@@ -21,8 +21,9 @@ from torch import Tensor
 
 from kfac_prune.errors import InputError
 
-#: What to say of a folder that may not be replaced.
+#: What to say of a folder that may not be replaced, and of one that is not even with --overwrite.
 OCCUPIED = "exists and is not empty; choose another folder, or add --overwrite"
+FOREIGN = "is not empty and holds no kfac_prune.json, and --overwrite replaces only results; choose another folder"
 
 
 def check_output(out: str, *, overwrite: bool, need_bytes: int = 0, occupied: str = OCCUPIED) -> Path:
@@ -50,6 +51,8 @@ def check_output(out: str, *, overwrite: bool, need_bytes: int = 0, occupied: st
             raise InputError(f"--out {out} {occupied}")
         if target.is_mount():
             raise InputError(f"--out {out} is a mount point, which cannot be replaced; name a folder below it")
+        if any(used.resolve().is_relative_to(target) for used in (Path.cwd(), Path(os.path.expanduser("~")))):
+            raise InputError(f"--out {out} is or holds the current folder or your home; name a folder below it")
         parent = target.parent
         while not parent.exists():
             parent = parent.parent

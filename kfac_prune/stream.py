@@ -52,6 +52,8 @@ class Writer:
     factor: float
 
 
+#: Share of what a block adds that may be lost to the rounding of a stream that is much larger (massive activations).
+MOST_ROUNDING = 0.3
 #: Where streams wait until their block is due: in the memory of the model's device, in main memory, or in files that
 #: are mapped into memory and read ahead by the operating system (in the folder for temporary files; see TMPDIR).
 Shelf = Literal["device", "cpu", "disk"]
@@ -281,20 +283,23 @@ def find_writers(stack: BlockStack, block: int, stream: Tensor, layers: Sequence
     plain = [layer for layer in layers if not isinstance(layer.module, ExpertLinear)]  # those that see all tokens
     candidates = {layer.name: layer for layer in plain if layer.shape[0] == width}
     with torch.no_grad(), observed(list(candidates.values())) as seen:
-        added = (stack.run(block, 0, stream).cpu() - stream.cpu()).double().reshape(-1)
-    found = ranks.told(_summands({name: output for name, (_, output) in seen.items()}, added, stream.dtype))
+        after = stack.run(block, 0, stream).cpu()
+    outputs = {name: output for name, (_, output) in seen.items()}
+    found = ranks.told(_summands(outputs, stream.cpu(), after))
     return [Writer(candidates[name], factor) for name, factor in found]
 
 
-def _summands(outputs: Mapping[str, Tensor], added: Tensor, dtype: torch.dtype) -> list[tuple[str, float]]:
-    """Which outputs, times what, add up to what was added in this precision; empty where none do."""
+def _summands(outputs: Mapping[str, Tensor], before: Tensor, after: Tensor) -> list[tuple[str, float]]:
+    """Which outputs, times what, add up to what the stream has gained; empty where none do."""
+    added = (after - before).double().reshape(-1)
     names = list(outputs)
     if not names:
         return []
     columns = torch.stack([outputs[name].cpu().double().reshape(-1) for name in names], dim=1)
-    tolerance = 1e-3 if dtype == torch.float32 else 3e-2
+    tolerance = 1e-3 if after.dtype == torch.float32 else 3e-2
+    rounding = torch.finfo(after.dtype).eps * float(after.double().norm() / added.norm())  # of a stream that is large
     factors = torch.linalg.lstsq(columns, added[:, None]).solution[:, 0]
     misfit = float((columns @ factors - added).norm() / added.norm())
-    if misfit > tolerance:
+    if misfit > max(tolerance, min(rounding, MOST_ROUNDING)):
         return []
     return [(name, float(f)) for name, f in zip(names, factors, strict=True) if abs(f) > 10 * tolerance]

@@ -340,6 +340,31 @@ def test_global_magnitude_has_one_threshold(recipe):
     assert len({round(entry["sparsity"], 2) for entry in record["layers"].values()}) > 1
 
 
+def test_one_threshold_where_many_weights_are_equal(place, recipe):
+    """Half of the weights are zero already, and the threshold is among them."""
+    model = load(place / "llama")
+    with torch.no_grad():
+        for weight in matrices(model).values():
+            weight[:, ::2] = 0
+    model.save_pretrained(place / "half")
+    letter_tokenizer().save_pretrained(place / "half")
+    record = run(recipe("half", method="magnitude", allocation="global", sparsity=0.3))
+    assert record["kl_measured"] == 0
+    assert record["sparsity"] == pytest.approx(0.3, abs=1e-3)
+    assert record["layers"].keys() == {name for name in matrices(model)}
+
+
+def test_a_model_that_cannot_be_saved_is_refused_at_once(place, recipe, monkeypatch):
+    shutil.copytree(place / "llama", place / "unsaved")
+    config = json.loads((place / "unsaved" / "config.json").read_text())
+    (place / "unsaved" / "config.json").write_text(json.dumps(config | {"output_attentions": True}))
+    monkeypatch.setattr(pipeline, "estimate_factors", lambda *a, **k: pytest.fail("long work has begun"))
+    with pytest.raises(
+        InputError, match=r"the config\.json of .*unsaved can be loaded and not saved: .*output_attentions"
+    ):
+        run(recipe("unsaved"))
+
+
 def diagonal_scores(model, windows):
     """w² · E[g²] · E[a²] from the gradients of the text's own labels, up to one constant per layer."""
     seen = {}
@@ -906,7 +931,10 @@ def test_existing_output_needs_overwrite(recipe, tmp_path):
     (tmp_path / "out" / "precious.txt").write_text("mine")
     with pytest.raises(InputError, match="exists and is not empty"):
         run(made)
+    with pytest.raises(InputError, match=r"holds no kfac_prune\.json"):
+        run(dataclasses.replace(made, overwrite=True))
     assert listing(tmp_path) == {"out/precious.txt": b"mine"}
+    (tmp_path / "out" / "kfac_prune.json").write_text("{}")
     run(dataclasses.replace(made, overwrite=True))
     assert not (tmp_path / "out" / "precious.txt").exists()
     assert {p.name for p in (tmp_path / "out").iterdir()} >= WRITTEN
@@ -926,7 +954,8 @@ def test_empty_folder_and_missing_parents_are_fine(recipe, tmp_path):
 def test_failure_while_saving_leaves_everything_as_it_was(stage, error, existing, recipe, tmp_path, monkeypatch):
     if existing:
         (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "precious.txt").write_text("mine")
+        for name in ("kfac_prune.json", "precious.txt"):
+            (tmp_path / "out" / name).write_text("mine")
     before = listing(tmp_path)
     original = getattr(pipeline, stage)
 

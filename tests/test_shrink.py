@@ -144,7 +144,7 @@ def test_heads_of_one_block(name, dtype, near):
     smaller = remove(model, family, heads=(None, (1, 1)))
     shrunk = shrink(model, smaller.cuts)
     assert type(shrunk).__name__ == f"Pruned{type(model).__name__}"
-    assert list(shrunk.config.pruned_heads.values()) == [[1, 1]]
+    assert list(shrunk.config.pruned_head_counts.values()) == [[1, 1]]
     assert_is(shrunk, family, smaller, near)
 
 
@@ -473,7 +473,7 @@ def test_cut_again_to_one_width_it_is_plain(name, dtype, tmp_path, near):
     again = remove(shrunk, family, (9, 9), [(2, 1), (2, 1)] if was else (), was=was, seed=5)
     other = shrink(shrunk, again.cuts, plain=True)
     assert type(other) is base_class(shrunk)
-    for field in ("pruned_shapes", "pruned_heads", "auto_map"):
+    for field in ("pruned_shapes", "pruned_head_counts", "auto_map"):
         assert not hasattr(other.config, field)
     assert_is(other, family, again, near)
     save_model(other, None, tmp_path)

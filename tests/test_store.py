@@ -190,6 +190,21 @@ def test_a_folder_that_is_not_empty(old):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("used", ["here", "home"])
+def test_a_folder_that_is_in_use(used, overwrite, tmp_path, monkeypatch):
+    place = tmp_path / "a" / "b"
+    place.mkdir(parents=True)
+    if used == "here":
+        monkeypatch.chdir(place)
+    else:
+        monkeypatch.setenv("HOME", str(place))
+    for out in (place, tmp_path / "a"):
+        message = refused(out, overwrite=overwrite)
+        assert "current folder" in message or (not overwrite and "not empty" in message)
+    assert check_output(str(place / "out"), overwrite=overwrite) == place / "out"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
 def test_a_file(tmp_path, overwrite):
     (tmp_path / "file").write_text("text")
     assert "is a file" in refused(tmp_path / "file", overwrite=overwrite)

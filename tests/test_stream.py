@@ -133,5 +133,20 @@ def test_writers_are_found_from_what_the_block_adds(family):
     assert all(abs(writer.factor - factor) < 1e-3 for writer in writers)
 
 
+def test_writers_are_found_where_a_large_stream_rounds_what_is_added():
+    model = build("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight *= 60
+    model.bfloat16()
+    stack = BlockStack(model, tokens(False), batch_size=5)
+    layers = [layer for layer in prunable_layers(model) if ".layers.0." in layer.name]
+    stream = stack.entries[0]
+    added = (stack.run(0, 0, stream) - stream).float()
+    assert added.norm() < 0.1 * stream.float().norm()
+    writers = find_writers(stack, 0, stream, layers)
+    assert [writer.layer.name.rpartition(".")[2] for writer in writers] == ["o_proj", "down_proj"]
+    assert all(abs(writer.factor - 1) < 0.1 for writer in writers)
+
+
 def test_without_a_stack_of_blocks_there_is_nothing_to_run():
     assert find_blocks(torch.nn.Linear(2, 2), []) == ([], [])

@@ -73,7 +73,7 @@ def shrink(model: PreTrainedModel, cuts: Sequence[Cut], *, plain: bool = False) 
     """
     state = model.state_dict()
     shapes: dict[str, list[int]] = dict(getattr(model.config, "pruned_shapes", {}))
-    heads: dict[str, list[int]] = dict(getattr(model.config, "pruned_heads", {}))
+    heads: dict[str, list[int]] = dict(getattr(model.config, "pruned_head_counts", {}))
     for cut in cuts:
         if cut.kept.numel() == 0:
             raise InputError(f"{cut.group.name} would lose all of its units; at least one must stay")
@@ -104,7 +104,7 @@ def shrink(model: PreTrainedModel, cuts: Sequence[Cut], *, plain: bool = False) 
         raise CannotBeStored(_refusal(model, cuts, widths, counts))
     base = base_class(model)
     config = copy.deepcopy(model.config)
-    config.pruned_shapes, config.pruned_heads = shapes, heads
+    config.pruned_shapes, config.pruned_head_counts = shapes, heads
     config.auto_map = {_auto_class(base): f"pruned_model.Pruned{base.__name__}"}
     with torch.device("meta"):
         empty = with_own_widths(base)(config)
@@ -205,7 +205,7 @@ def _plain_models(
         yield empty
 
 
-_OWN = ("pruned_shapes", "pruned_heads", "auto_map")
+_OWN = ("pruned_shapes", "pruned_head_counts", "auto_map")
 
 
 def _put(state: dict[str, Tensor], name: str, module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
