@@ -41,7 +41,8 @@ def check_saves(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> N
     Raises:
         InputError: transformers refuses; says which part and why.
     """
-    parts = {"config.json": model.config, "generation_config.json": model.generation_config, "tokenizer": tokenizer}
+    generation = getattr(model, "generation_config", None)  # of models that generate
+    parts = {"config.json": model.config, "generation_config.json": generation, "tokenizer": tokenizer}
     with tempfile.TemporaryDirectory() as place:
         for name, part in parts.items():
             try:

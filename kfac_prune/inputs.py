@@ -191,17 +191,28 @@ def check_tokens(model: PreTrainedModel, *windows: Windows) -> None:
 def check_runs(model: PreTrainedModel, windows: Windows, objective: Objective) -> None:
     """The model can be run, told by one window: a configuration can give shapes that do not fit together.
 
+    Nor does what pads a sequence change its output, told by the shortest one beside the longest: classifiers that are
+    decoders look for the last token that is not ``config.pad_token_id``.
+
     Raises:
-        InputError: it cannot.
+        InputError: it cannot, or it does.
     """
-    first = next(windows.batches(1))
+    what, mask = f"{type(model).__name__} of {model.config.name_or_path}", windows.attention_mask
+    rows = [0]
+    if mask is not None and objective.unit == "sequence":
+        lengths = mask.sum(1)
+        rows = [int(lengths.where(lengths > 0, lengths.max()).argmin()), int(lengths.argmax())]
+    short, beside = (Windows(windows.input_ids[r], None if mask is None else mask[r]) for r in (rows[:1], rows))
     try:
         with torch.no_grad():
-            objective.output(model, *first.on(model.device))
+            alone, both = (objective.output(model, *next(w.batches(2)).on(model.device))[0] for w in (short, beside))
     except Exception as error:  # whatever the model's code happens to raise
+        raise InputError(f"{what} fails on a window of text: {reason(error)}") from error
+    if len(rows) == 2 and float((both - alone).abs().max() / alone.abs().max()) > torch.finfo(alone.dtype).eps ** 0.5:
         raise InputError(
-            f"{type(model).__name__} of {model.config.name_or_path} fails on one window of text: {reason(error)}"
-        ) from error
+            f"{what} gives another output for a sequence once it is padded: its config.json has pad_token_id "
+            f"{model.config.pad_token_id}, which must be what the tokenizer pads with"
+        )
 
 
 def finite_windows(

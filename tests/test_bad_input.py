@@ -608,4 +608,4 @@ def test_a_model_that_cannot_run(command, attempt):
     save_llama("bad", num_key_value_heads=3)
     out = () if command == "eval" else ("--out", "out")
     line = attempt(command, "bad", "--data", "text.txt", "--seqlen", "16", *out)
-    named(line, "LlamaForCausalLM of bad fails on one window of text")
+    named(line, "LlamaForCausalLM of bad fails on a window of text")

@@ -11,7 +11,15 @@ from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 from torch.func import functional_call, jacrev
-from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 import kfac_prune
 from kfac_prune.block_training import Reconstruction
@@ -20,6 +28,7 @@ from kfac_prune.curvature import estimate
 from kfac_prune.curvature.estimate import estimate_factors, participants
 from kfac_prune.data import Document, Windows, choose_texts, sequence_windows
 from kfac_prune.errors import InputError
+from kfac_prune.inputs import check_runs
 from kfac_prune.loading import load_config
 from kfac_prune.measurement import measure
 from kfac_prune.models import Layer, prunable_layers
@@ -470,3 +479,16 @@ def test_sentence_transformers_loads_it(folder, tmp_path):
         ours = Embedding().output(kfac_prune.load(made.out), windows.input_ids, windows.attention_mask)
     theirs = torch.tensor(library.SentenceTransformer(made.out, device="cpu").encode(texts))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_a_classifier_that_reads_what_pads_it_is_refused():
+    """A decoder looks for the last token by its configuration's padding, and the tokenizer pads with 0."""
+    config = LlamaConfig(vocab_size=45, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                         num_attention_heads=2, num_labels=3, pad_token_id=0, eos_token_id=3)  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(config).eval()
+    check_runs(model, padded(5), Classes())
+    for wrong, message in ((3, "once it is padded: its config.json has pad_token_id 3"), (None, "padding token")):
+        model.config.pad_token_id = wrong
+        with pytest.raises(InputError, match=message):
+            check_runs(model, padded(5), Classes())
