@@ -103,7 +103,8 @@ def evaluate(
     if units == 0:
         raise InputError("the windows hold no position to predict: each needs two neighbouring unmasked tokens")
     likeness = objective.likeness(*(torch.cat(side) for side in zip(*kept, strict=True))) if kept else {}
-    return Quality(nll / units if causal else None, kl / units if dense is not None else None, units, likeness)
+    mean = None if dense is None else max(kl / units, 0.0)  # by rounding it may be less
+    return Quality(nll / units if causal else None, mean, units, likeness)
 
 
 def compared(model: PreTrainedModel, batch: WindowBatch, objective: Objective) -> Tensor:

@@ -394,7 +394,7 @@ class TestOneBlockIgnored:
     IGNORE = ("*.layers.1.*",)
 
     def test_a_uniform_plan_is_impossible(self, llama):
-        with pytest.raises(InputError, match=r"no uniform plan .* use --widths per-layer, or include all blocks"):
+        with pytest.raises(InputError, match=r"no uniform plan.* use --widths per-layer, or include all blocks"):
             pruned(*llama, 0.3, ignore=self.IGNORE, widths="uniform")
 
     @pytest.mark.parametrize("widths", [None, "per-layer"])

@@ -221,21 +221,26 @@ def prune_structured(
     multiple = settings.multiple or (64 if width >= 2048 else 8)
     settings = replace(settings, multiple=multiple)
     _check_reach(groups, target, multiple)
+    wanted: list[Widths] = [widths] if widths else ["uniform", "per-layer"]
+    if "uniform" in wanted and not _covers(model, groups):
+        if widths:
+            raise InputError(f"no uniform plan: {_SOME_STAY}; use --widths per-layer, or include all blocks")
+        echo(f"  no uniform plan: {_SOME_STAY}")
+        wanted = ["per-layer"]
     job = _Job(model, [layer.name for layer in layers], kinds, fit, held_out, target, settings, echo)
     first = job.problem(model)
     curves = job.curves(first)
     finished = []
-    for one in ("uniform", "per-layer"):
-        if widths in (None, one):
-            try:
-                done = job.run(one, first, curves, settings.shots or 1)
-            except CannotBeStored as error:
-                if widths == one:
-                    raise
-                echo(f"  no {one} plan: {error}")
-                continue
-            if done is not None:
-                finished.append(done)
+    for one in wanted:
+        try:
+            done = job.run(one, first, curves, settings.shots or 1)
+        except CannotBeStored as error:
+            if widths == one:
+                raise
+            echo(f"  no {one} plan: {error}")
+            continue
+        if done is not None:
+            finished.append(done)
     if not finished:
         raise InputError(
             f"no {widths or 'uniform'} plan reaches the target of {target.amount:,.6g} {target.unit}: a plain "
@@ -306,8 +311,6 @@ class _Job:
             shots: cuts, with curvature and curves of the present model before each but the first.
         """
         s = self.settings
-        if widths == "uniform" and not _covers(problem):
-            return None
         before = {group.name: group.size(group.everything()) for group in problem.groups}
         rows = {name: torch.arange(Layer(name, self.dense.get_submodule(name)).shape[0]) for name in self.names}
         sizes, predicted, model, unseen = before, 0.0, self.dense, tuple(problem.unseen)
@@ -360,13 +363,16 @@ _DIFFERS = (
 )
 
 
-def _covers(problem: Problem) -> bool:
+_SOME_STAY = "a plain configuration holds one width for all blocks, and some would stay as they are"
+
+
+def _covers(model: PreTrainedModel, groups: Sequence[Group]) -> bool:
     """The groups are all that the model has of their kinds, as a plain configuration needs."""
-    layers = prunable_layers(problem.model)
-    heads = any(isinstance(group, AttentionHeads) for group in problem.groups)
-    ffns = any(not isinstance(group, AttentionHeads) for group in problem.groups)
-    found = (find_widths(problem.model, layers) if ffns else []), (find_heads(problem.model, layers) if heads else [])
-    return {group.name for group in problem.groups} == {group.name for kind in found for group in kind}
+    layers = prunable_layers(model)
+    heads = any(isinstance(group, AttentionHeads) for group in groups)
+    ffns = any(not isinstance(group, AttentionHeads) for group in groups)
+    found = (find_widths(model, layers) if ffns else []), (find_heads(model, layers) if heads else [])
+    return {group.name for group in groups} == {group.name for kind in found for group in kind}
 
 
 def _check_reach(groups: Sequence[Group], target: Target, multiple: int) -> None:
