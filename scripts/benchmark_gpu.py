@@ -1,7 +1,9 @@
 """Kernels, stages and one whole prune on a GPU: correct, how fast, and how far from what the memory system allows.
 
-Every row is written to FILE as soon as it is measured; the script stops by itself before its time budget is spent.
+Every row is written to FILE as soon as it is measured; the script stops by itself before its time budget is spent. What
+fails becomes a row with the error, the rest goes on, and the script ends with exit code 1.
 
+    pip install .          # without a network: --no-index --no-deps --no-build-isolation
     python scripts/benchmark_gpu.py --out benchmarks/gpu.jsonl
     python scripts/benchmark_gpu.py --out FILE --tiny     # the same code on a CPU at toy sizes, by the PyTorch twins
 """
@@ -11,7 +13,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,10 @@ from kfac_prune.reference_pcg import Row
 from kfac_prune.report import versions
 
 RHO = 0.37
+#: Of the radix histogram over its scores: 11, 11 and 10 bits.
+PASSES = 3
+#: Cycles that a GPU waits before a measurement, so that launches are behind it.
+HEAD_START = 1_000_000
 
 
 class Bench:
@@ -49,7 +57,20 @@ class Bench:
         self.out, self.device, self.end = out, device, time.monotonic() + seconds
         self.repeats = 9 if device == "cuda" else 2
         name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+        self.failed: list[str] = []
         self.about = {"device": name, "commit": commit(), "versions": versions()}
+
+    def attempt(self, what: str, measure: Callable[[], object]) -> None:
+        """Nothing once the time is up; a failure becomes a row, and what follows is measured all the same."""
+        if time.monotonic() > self.end:
+            print(f"{what}: skipped, the time budget is spent", flush=True)
+            return
+        try:
+            measure()
+        except Exception as error:  # of the compiler, the driver, ...
+            traceback.print_exc()
+            self.failed.append(what)
+            self.row(what, error=f"{type(error).__name__}: {error}"[:1000])
 
     def row(self, what: str, **figures: Any) -> None:
         """Append one row."""
@@ -65,6 +86,7 @@ class Bench:
         for _ in range(repeats or self.repeats):
             if self.device == "cuda":
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda._sleep(HEAD_START)
                 begin.record()
                 run()
                 end.record()
@@ -77,59 +99,87 @@ class Bench:
         return statistics.median(times)
 
     def stage(self, what: str, run: Callable[[], object], **figures: Any) -> None:
-        """Time a stage and note its peak of memory; nothing once the time is up."""
-        if time.monotonic() > self.end:
-            print(f"{what}: skipped, the time budget is spent", flush=True)
-            return
-        if self.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        took = self.time(run, 3 if self.device == "cuda" else 1)
-        peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else None
-        self.row(what, ms=took, peak_bytes=peak, **figures)
+        """Time a stage and note its peak of memory; an attempt."""
+
+        def measure() -> None:
+            if self.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            took = self.time(run, 3 if self.device == "cuda" else 1)
+            peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else None
+            self.row(what, ms=took, peak_bytes=peak, **figures)
+
+        self.attempt(what, measure)
 
 
 def floors(bench: Bench, n: int) -> float:
     """Measure what the memory and the matrix units give; returns bytes per millisecond of a copy."""
-    source = torch.ones(n, n, device=bench.device)
+    source = torch.ones(4 * n, 4 * n, device=bench.device)  # far more than a cache holds
     target = torch.empty_like(source)
     bandwidth = 2 * source.nbytes / bench.time(lambda: target.copy_(source))
-    half = source.to(torch.bfloat16)
+    half = source[:n, :n].to(torch.bfloat16)
     rate = 2 * n**3 / bench.time(lambda: half @ half)
     bench.row("floor", n=n, copy_gb_per_s=bandwidth / 1e6, bf16_tflops=rate / 1e9)
     return bandwidth
 
 
 def kernels(bench: Bench, n: int, bandwidth: float) -> None:
-    """Every kernel against its twin in float64 or in float32, and against eager PyTorch and the memory floor."""
+    """Every kernel but the sweep and the conjugate gradients', against its twin, eager PyTorch and the memory floor.
+
+    Thresholds are compared in float64. The others choose masks, so they are compared with the twin, entry by entry; a
+    chosen mask may differ from it where a score is rounded otherwise.
+    """
     x, dual = (torch.randn(n, n, device=bench.device) for _ in range(2))
     mask, z, k = x > 0, torch.empty_like(x), n * n // 2
-    exact = (x.double() + dual.double() / RHO).square().reshape(-1).kthvalue(n * n - k + 1).values
-    found = backend.kth_largest_dual(x, dual, RHO, k)
-    cases: dict[str, tuple[Callable[[], object], Callable[[], object], int, float]] = {
-        "kth_largest_dual": (
-            lambda: backend.kth_largest_dual(x, dual, RHO, k),
-            lambda: reference.kth_largest_dual(x, dual, RHO, k),
-            3 * 8,
-            float((found - exact).abs() / exact),
-        )
+    scale, y64 = torch.rand(n, device=bench.device) + 0.5, x.double() + dual.double() / RHO
+    u, error = torch.eye(n, device=bench.device) + 0.1, torch.empty(min(n, 128), n, device=bench.device)
+    kept = torch.empty_like(error, dtype=torch.bool)
+    choices: dict[str, tuple[tuple[Any, ...], Tensor, int]] = {  # arguments, exact scores, bytes per weight
+        "kth_largest": (([x],), x.double(), 4 * PASSES),
+        "kth_largest_dual": ((x, dual, RHO), y64.square(), 8 * PASSES),
+        "kth_largest_scaled": (([x], [scale]), x.double().square() / scale.double(), 4 * PASSES),
     }
-    for name, arguments in {"admm_tail": (found,), "admm_tail_nm": (2, 4)}.items():
-        operator, twin = getattr(backend, name), getattr(reference, name)
-        z64, dual64, z32 = torch.empty_like(x, dtype=torch.float64), dual.double(), torch.empty_like(x)
-        operator(x, dual.clone(), kept := mask.clone(), z32, *arguments, RHO)
-        z64 = (x.double() + dual64 / RHO) * kept
-        error = float((z32 - z64).abs().max() / z64.abs().max())
-        cases[name] = (
-            lambda f=operator, a=arguments: f(x, dual, mask, z, *a, RHO),
-            lambda f=twin, a=arguments: f(x, dual, mask, z, *a, RHO),
-            18,
-            error,
-        )
-    for name, (run, eager, bytes_per_weight, error) in cases.items():
-        if time.monotonic() > bench.end:
-            return
-        took, floor = bench.time(run), bytes_per_weight * n * n / bandwidth
-        bench.row(name, n=n, ms=took, eager_ms=bench.time(eager, 2), floor_ms=floor, relative_error=error)
+
+    def threshold_row(name: str, given: tuple[Any, ...], scores: Tensor, size: int) -> None:
+        exact = scores.reshape(-1).kthvalue(n * n - k + 1).values
+        wrong = float((getattr(backend, name)(*given, k) - exact).abs() / exact.abs())
+        timed(bench, name, (*given, k), size * n * n / bandwidth, n=n, relative_error=wrong)
+
+    for name, rest in choices.items():
+        bench.attempt(name, partial(threshold_row, name, *rest))
+
+    def mask_row(name: str, given: tuple[Any, ...], out: Sequence[int], moved: int, **figures: Any) -> None:
+        found = disagreement(name, given, out)
+        timed(bench, name, given, moved / bandwidth, n=n, **figures, **found)
+
+    threshold = reference.kth_largest_dual(x, dual, RHO, k)
+    for name, rule in {"admm_tail": (threshold,), "admm_tail_nm": (2, 4)}.items():
+        bench.attempt(name, partial(mask_row, name, (x, dual, mask, z, *rule, RHO), (1, 2, 3), 18 * n * n))
+    sweep = (x, u, error, kept, 0, reference.pack_bits(dual > 0))
+    bench.attempt("block_sweep", partial(mask_row, "block_sweep", sweep, (0, 2, 3), 13 * error.numel(), form="bits"))
+
+
+def disagreement(name: str, arguments: tuple[Any, ...], out: Sequence[int]) -> dict[str, float]:
+    """How far an operator and its twin are apart in what they write and return.
+
+    Args:
+        name: of both.
+        arguments: which are left as they are.
+        out: numbers of those that are written to.
+    """
+    ours, twins = ([a.clone() if torch.is_tensor(a) else a for a in arguments] for _ in range(2))
+    returned, wanted = getattr(backend, name)(*ours), getattr(reference, name)(*twins)
+    written = [(ours[i], twins[i]) for i in out]
+    masks = [(a != b).double().mean() for a, b in written if a.dtype == torch.bool]
+    errors = [(a - b).norm() / b.norm() for a, b in written if a.dtype != torch.bool]
+    found = {"mask_differs": float(max(masks)), "relative_error": float(max(errors))}
+    return found if returned is None else found | {"churn_differs": float((returned - wanted).abs())}
+
+
+def timed(bench: Bench, name: str, arguments: tuple[Any, ...], floor: float, **figures: Any) -> None:
+    """A row: milliseconds of an operator, of its twin in eager PyTorch, and at the speed of memory."""
+    took = bench.time(lambda: getattr(backend, name)(*arguments))
+    eager = bench.time(lambda: getattr(reference, name)(*arguments), 2)
+    bench.row(name, ms=took, eager_ms=eager, floor_ms=floor, **figures)
 
 
 def pcg_steps(bench: Bench, n: int, bandwidth: float) -> None:
@@ -137,8 +187,6 @@ def pcg_steps(bench: Bench, n: int, bandwidth: float) -> None:
 
     The vectors are such that the same step can be taken many times and always goes on.
     """
-    if time.monotonic() > bench.end:
-        return
     u = torch.rand(n, n, device=bench.device) + 0.5
     inverse = (torch.rand(n, n, device=bench.device) > 0.5).float()
     log = torch.zeros(2, len(Row._fields), dtype=torch.float64, device=bench.device)
@@ -177,8 +225,6 @@ def sweeps(bench: Bench, n: int, u: Tensor) -> None:
     """SparseGPT's sweep by the kernel and by PyTorch, and how often their masks agree."""
     w = torch.randn(n, n, device=bench.device)
     for pattern in (Unstructured(0.5), NM(2, 4)):
-        if time.monotonic() > bench.end:
-            return
         exact, kept = sweep_by_leaves(w.double(), u.double(), pattern)
         found, mask = sweep_fused(w.clone(), u, pattern)
         figures = {
@@ -207,20 +253,19 @@ def stages(bench: Bench, shapes: list[tuple[int, int]], tokens: int) -> None:
         mask = NM(2, 4).project(weight.square())
         bench.stage("pcg", lambda w=weight, h=h, m=mask: compensate(w, h, m, max_iterations=20), **shape)
         if out == width:
-            sweeps(bench, width, inverse_upper_cholesky(a))
+            bench.attempt("sweep", partial(sweeps, bench, width, inverse_upper_cholesky(a)))
 
 
 def whole(bench: Bench, config: LlamaConfig, windows: int, length: int) -> None:
     """Curvature and prune of a whole model with random weights on random tokens."""
     dtype = torch.bfloat16 if bench.device == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(bench.device).eval()
+    with torch.device(bench.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     layers = prunable_layers(model)
     tokens = Windows(torch.randint(3, config.vocab_size, (windows, length)))
     size = {"parameters": sum(p.numel() for p in model.parameters()), "windows": windows, "length": length}
     factors = None
     for what in ("curvature", "prune"):
-        if time.monotonic() > bench.end:
-            return
         if bench.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
@@ -248,16 +293,16 @@ def main() -> None:
     bench = Bench(options.out, "cpu" if options.tiny else "cuda", options.seconds)
     bandwidth = floors(bench, n)
     kernels(bench, n, bandwidth)
-    pcg_steps(bench, n, bandwidth)
-    stages(bench, layers, tokens)
-    if options.tiny:
-        small = LlamaConfig(vocab_size=48, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
-                            num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
-        whole(bench, small, windows=2, length=8)
-    else:  # 1.1 billion parameters
-        large = LlamaConfig(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
-                            num_attention_heads=32, num_key_value_heads=4)  # fmt: skip
-        whole(bench, large, windows=32, length=2048)
+    bench.attempt("pcg_step", partial(pcg_steps, bench, n, bandwidth))
+    bench.attempt("stages", partial(stages, bench, layers, tokens))
+    small = LlamaConfig(vocab_size=48, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+                        num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    large = LlamaConfig(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
+                        num_attention_heads=32, num_key_value_heads=4)  # fmt: skip  # 1.1 billion parameters
+    config, windows, length = (small, 2, 8) if options.tiny else (large, 32, 2048)
+    bench.attempt("model", partial(whole, bench, config, windows, length))
+    if bench.failed:
+        sys.exit(f"benchmark_gpu.py: failed: {', '.join(bench.failed)}; the rows and the lines above say why")
 
 
 if __name__ == "__main__":

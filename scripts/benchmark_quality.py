@@ -248,9 +248,12 @@ def replace_between(path: Path, begin: str, end: str, content: str) -> None:
 
 
 def commit() -> str:
-    """Of the checkout."""
+    """Of the checkout; empty where there is none, or no git."""
     command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
+    except OSError:
+        return ""
 
 
 if __name__ == "__main__":
