@@ -167,7 +167,7 @@ class Bench:
         layers = [layer for layer in prunable_layers(model) if layer.name in names]
         if permute:
             assert pattern is not None
-            factors = replace(factors, layers=dict(factors.layers), streams=dict(factors.streams))
+            factors = replace(factors, layers=copy.copy(factors.layers), streams=dict(factors.streams))
             with timed(seconds, "permute"):
                 permute_model(
                     model, layers, factors, pattern, self.calibration, damping=self.damping, seed=self.seed

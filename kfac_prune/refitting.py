@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kfac_prune import ranks
+from kfac_prune.curvature.capture import add_gram
 from kfac_prune.curvature.factors import Factors
 from kfac_prune.data import Windows
 from kfac_prune.experts import ExpertLinear
@@ -81,10 +82,10 @@ class Moments:
 
     def add(self, h: Tensor, t: Tensor) -> None:
         """Add rows h [tokens, in] and t [tokens, out]."""
+        add_gram(self.hh, h)
+        add_gram(self.tt, t)
         h, t = h.float(), t.float()
-        self.hh.addmm_(h.T, h)
         self.th.addmm_(t.T, h)
-        self.tt.addmm_(t.T, t)
         self.h += h.sum(0)
         self.t += t.sum(0)
         self.tokens += h.shape[0]

@@ -69,7 +69,8 @@ def journal_of(recipe: Recipe, model: PreTrainedModel, calibration: Windows) -> 
         del fields["shots"]  # they come after the plan
     if recipe.target_latency is not None:
         fields["device"] = recipe.device
-    parts = [version("kfac-prune"), str(sorted(fields.items())), content_hash(model.state_dict()), calibration.sha256()]
+    weights = ranks.told(content_hash(model.state_dict()) if ranks.leads() else "")
+    parts = [version("kfac-prune"), str(sorted(fields.items())), weights, calibration.sha256()]
     stage = "shrink" if recipe.structured else "plan"
     return Journal(work_folder(recipe.out), stage, hashlib.sha256(" ".join(parts).encode()).hexdigest())
 

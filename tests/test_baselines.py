@@ -1,5 +1,6 @@
 """The baselines for trained networks against plain renditions of their papers."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -8,6 +9,7 @@ from oracles import DTYPE_IDS, DTYPES, assert_close, constrained_minimum, eye, n
 
 from kfac_prune.baselines import alps, llm_surgeon, owl, sparsegpt, wanda
 from kfac_prune.curvature.estimate import estimate_factors
+from kfac_prune.curvature.factors import FactorShelf
 from kfac_prune.errors import InputError
 from kfac_prune.models import WeightSwap, prunable_layers
 from kfac_prune.obs import NM, Unstructured, compensate
@@ -328,6 +330,21 @@ class TestLlmSurgeon:
         assert all(torch.equal(layer.weight != 0, masks[layer.name]) for layer in layers)
         if not together:
             assert all(float(z.float().mean()) == pytest.approx(0.6, abs=0.01) for z in seen[-1])
+
+    def test_factors_may_wait_off_the_device(self, trial):
+        layers, estimate = trial
+        dense = WeightSwap(layers)
+        whole = llm_surgeon(layers, estimate, sparsity=0.6, shots=2)
+        dense.restore()
+
+        def shelved():
+            factors = estimate()
+            shelf = FactorShelf(torch.device("cpu"), on_disk=False)
+            shelf.update(factors.layers)
+            return dataclasses.replace(factors, layers=shelf)
+
+        waiting = llm_surgeon(layers, shelved, sparsity=0.6, shots=2)
+        assert all(torch.equal(waiting[name], mask) for name, mask in whole.items())
 
     @pytest.mark.parametrize(("n", "m", "shots"), [(2, 4, 2), (1, 2, 1), (2, 7, 5), (1, 7, 5)])
     def test_patterns_are_valid_and_take_no_more_shots_than_they_can(self, trial, n, m, shots):

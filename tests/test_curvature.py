@@ -237,6 +237,16 @@ class TestShelf:
         assert shelf._waiting["q"].a is not shelf._waiting["o"].a
         assert shelf._waiting["q"].a.numel() == 15
 
+    def test_a_copy_changes_by_itself_and_takes_no_memory(self):
+        shelf = FactorShelf(torch.device("cpu"), on_disk=False)
+        first, second = self.factors(torch.eye(4)), self.factors(2 * torch.eye(4), seed=1)
+        shelf["q"] = first
+        other = copy.copy(shelf)
+        assert other._waiting["q"].a is shelf._waiting["q"].a
+        other["q"] = second
+        assert torch.equal(shelf["q"].a, first.a)
+        assert torch.equal(other["q"].a, second.a)
+
     def test_a_layer_asked_for_again_is_not_unpacked_again(self):
         shelf = FactorShelf(torch.device("cpu"), on_disk=False)
         shelf["q"] = self.factors(torch.eye(2))

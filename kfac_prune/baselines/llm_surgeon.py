@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
 
-from kfac_prune.curvature.factors import Factors, LayerFactors
+from kfac_prune.curvature.factors import Factors, KnownFactors, LayerFactors
 from kfac_prune.models import Layer
 from kfac_prune.obs import NM, Pattern, Unstructured, compensate, project_together, saliency
-from kfac_prune.operators import Damping
+from kfac_prune.operators import Damping, Kronecker
 
 #: The authors' damping and their shots for unstructured pruning.
 DAMPING, SHOTS = 0.01, 5
@@ -50,14 +50,17 @@ def llm_surgeon(
     masks = {layer.name: torch.ones_like(layer.weight, dtype=torch.bool) for layer in layers}
     if pattern is not None:
         shots = min(shots, pattern.m - pattern.n)
-    known: dict[str, LayerFactors] = {}  # an expert that the pruned model sends no token to keeps those it had
+    factors: MutableMapping[str, LayerFactors] = {}
     for shot in range(1, shots + 1):
-        known |= estimate().layers
-        operators, scores = {}, {}
+        before, factors = factors, estimate().layers
+        for name in before.keys() - factors.keys():  # an expert that the pruned model sends no token to
+            factors[name] = before[name]
+        known, scores = {}, {}
         for layer in layers:
-            operator, _ = known[layer.name].operator("kfac", damping, where=layer.name)
-            operators[layer.name] = operator
+            operator, records = factors[layer.name].operator("kfac", damping, where=layer.name)
+            assert isinstance(operator, Kronecker)
             found = saliency(layer.weight.to(torch.float32), operator)
+            known[layer.name] = KnownFactors(records, operator.inverse_diagonals)
             scores[layer.name] = found.masked_fill(~masks[layer.name], -1.0)  # what has fallen falls first
         due: Pattern = Unstructured(sparsity * shot / shots)
         if pattern is not None:
@@ -68,8 +71,9 @@ def llm_surgeon(
             chosen = {name: due.project(score) for name, score in scores.items()}
         for layer in layers:
             mask = masks[layer.name] = masks[layer.name] & chosen[layer.name]
-            weight, statistics = layer.weight.to(torch.float32), known[layer.name]
-            new = compensate(weight, operators[layer.name], mask).weight
+            weight, statistics = layer.weight.to(torch.float32), factors[layer.name]
+            operator, _ = statistics.operator("kfac", damping, where=layer.name, known=known[layer.name])
+            new = compensate(weight, operator, mask).weight
             shift = None if layer.bias is None else layer.bias + statistics.bias_update(new - weight)
             layer.assign(new, shift)
     return masks

@@ -104,7 +104,8 @@ class FactorCapture:
     token_mask: Tensor | None = None
     per_sequence: bool = False
     batch: str = "the batch"
-    _finite: dict[int, list[tuple[str, Tensor]]] = field(default_factory=dict)  # id of moments -> after every batch
+    #: id of moments -> the batches that were added, and after how many of them, the first ones, the sums were finite
+    _finite: dict[int, tuple[list[str], Tensor]] = field(default_factory=dict)
     _last: tuple[str, Tensor, int] | None = None
     _reads_with: dict[str, str] = field(default_factory=dict)  # layer -> the layer whose InputMoments it shares
 
@@ -201,11 +202,15 @@ class FactorCapture:
     def _add(self, moments: InputMoments | GradientMoments, rows: Tensor) -> None:
         """Add rows, and note on the device, where reading it would wait, whether the sums are finite still."""
         moments.add(rows)
-        self._finite.setdefault(id(moments), []).append((self.batch, moments.second.trace().isfinite()))
+        finite = moments.second.trace().isfinite()
+        batches, good = self._finite.setdefault(id(moments), ([], torch.zeros_like(finite, dtype=torch.int32)))
+        batches.append(self.batch)
+        good += finite
 
     def broken_by(self, moments: InputMoments | GradientMoments) -> str | None:
         """The first batch after which the sums were NaN or infinite."""
-        return next((batch for batch, finite in self._finite.get(id(moments), []) if not finite), None)
+        batches, good = self._finite.get(id(moments), ([], 0))
+        return batches[int(good)] if int(good) < len(batches) else None
 
     def _rows(self, name: str, x: Tensor, tokens: Tensor | None) -> Tensor:
         """The rows [tokens, features] of the positions that count; ``tokens`` says which ones x holds, None = all."""

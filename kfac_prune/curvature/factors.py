@@ -178,6 +178,12 @@ class FactorShelf(MutableMapping[str, LayerFactors]):
         self._last = None
         del self._waiting[name]
 
+    def __copy__(self) -> FactorShelf:
+        """Another shelf with the same triangles."""
+        other = FactorShelf(self._device, on_disk=self._on_disk)
+        other._waiting = dict(self._waiting)
+        return other
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._waiting)
 
