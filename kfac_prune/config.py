@@ -208,7 +208,7 @@ class Recipe:
     skip_bad_batches: bool = option(
         False, "leave out, and count, calibration batches on which the model computes NaN or infinity"
     )
-    overwrite: bool = option(False, "replace --out if it exists")
+    overwrite: bool = option(False, "replace --out if it holds an earlier result")
     resume: bool = option(
         False, "go on where an interrupted run with the same options had got to, from what it left in OUT.work"
     )
