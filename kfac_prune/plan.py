@@ -138,6 +138,8 @@ def make_plan(
             f"method {method} needs the gradients of whole sequences; give make_plan a SequenceFisher "
             "(kfac_prune.curvature.sequences) for it"
         )
+    if method in ("kfac", "obd", "layerwise"):
+        _check_live(layers, factors, with_g=method != "layerwise")
     problems = Problems(factors, method, damping or Damping(), sequences)
     if sparsity is None:
         sparsity = 0.5 if pattern is None else float(pattern.sparsity)
@@ -175,6 +177,20 @@ def make_plan(
     if target is not None:
         planned = _cheapest(layers, planned, target)
     return Plan(tuple(planned), method, allocation)
+
+
+def _check_live(layers: Sequence[Layer], factors: Factors, *, with_g: bool) -> None:
+    """Text enters every layer and, where G counts, a gradient reaches what it puts out."""
+    dead = []
+    for layer in layers:
+        known = factors.layers[layer.name]
+        if known.a.trace() == 0 or (with_g and known.g.trace() == 0):
+            dead.append(layer.name)
+    if dead:
+        raise InputError(
+            f"{len(dead)} of {len(layers)} layers see only zeros, or no gradient, on the calibration text (blocks that "
+            f"add nothing?), so no loss can be predicted for them; leave them out with --ignore {' '.join(dead)}"
+        )
 
 
 def _by_curves(

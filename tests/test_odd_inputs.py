@@ -125,18 +125,22 @@ def test_poor_inputs_give_finite_plans_of_the_right_size(make_model, case, patte
         assert pattern is None or (made.mask.unflatten(1, (-1, 4)).sum(-1) == 2).all()
 
 
-@pytest.mark.parametrize(
-    ("family", "reason"),
-    [("opt", "its inputs are the same for all 1 tokens"), ("llama", "its curvature factor G is zero")],
-)
-def test_one_token_is_refused_by_name(make_model, family, reason):
-    """Nothing varies, so that biases take up all changes; and attention to a single token has no gradient."""
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_one_token_is_refused_by_name(make_model, family):
+    """Attention to a single token has no gradient; without these layers, nothing varies, and biases take up all."""
     model = make_model(family)
     model.set_attn_implementation("eager")  # a fast path gives gradients of rounding errors instead of none
     layers = prunable_layers(model)
     factors = estimate_factors(model, layers, Windows(torch.tensor([[5]])))
-    with pytest.raises(InputError, match=rf"^layer model\..*0\.self_attn\.[qk]_proj: {reason}.*--ignore"):
+    dead = [layer.name for layer in layers if layer.name.endswith(("q_proj", "k_proj"))]
+    with pytest.raises(InputError) as caught:
         make_plan(layers, factors, allocation="uniform")
+    assert str(caught.value).startswith(f"{len(dead)} of {len(layers)} layers see only zeros, or no gradient")
+    assert str(caught.value).endswith(f"leave them out with --ignore {' '.join(dead)}")
+    layers = [layer for layer in layers if layer.name not in dead]
+    if family == "opt":
+        with pytest.raises(InputError, match=r"^layer .*v_proj: its inputs are the same for all 1 tokens.*--ignore"):
+            make_plan(layers, factors, allocation="uniform")
 
 
 def test_the_largest_seed_draws_cotangents(make_windows):
