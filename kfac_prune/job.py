@@ -25,7 +25,7 @@ from kfac_prune.objective import Objective, find_objective
 from kfac_prune.quality import Quality
 from kfac_prune.reconstruction import own_steps
 from kfac_prune.report import Stages
-from kfac_prune.store import FOREIGN, OCCUPIED, check_apart, check_output, earlier_result, work_folder, work_left
+from kfac_prune.store import FOREIGN, check_apart, check_output, earlier_result, work_folder, work_left
 from kfac_prune.structure.groups import Group
 from kfac_prune.structure.latency import latency_target
 from kfac_prune.structure.prune import Target, parameters_target, weights_target
@@ -69,8 +69,7 @@ def begin(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
     Raises:
         InputError: something about the input is wrong.
     """
-    replaced = recipe.overwrite and earlier_result(recipe.out, ("kfac_prune.json", "*"))
-    check_output(recipe.out, overwrite=replaced, occupied=FOREIGN if recipe.overwrite else OCCUPIED)
+    check_output(recipe.out, overwrite=recipe.overwrite)
     left, folder = len(work_left(recipe.out)), work_folder(recipe.out)
     if left and not recipe.resume and not recipe.overwrite:
         raise InputError(
@@ -80,6 +79,8 @@ def begin(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
     if recipe.resume:
         echo(f"going on from {left} finished parts in {folder}" if left else f"nothing to resume in {folder}")
     check_apart(recipe.out, {"model": recipe.model, "data": recipe.data, "eval_data": recipe.eval_data})
+    if recipe.overwrite and not earlier_result(recipe.out, ("kfac_prune.json", "*")):
+        check_output(recipe.out, overwrite=False, occupied=FOREIGN)
     config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
     objective = find_objective(recipe.objective, recipe.model, config)
     if recipe.fisher != "sampled" and objective.unit == "sequence":
