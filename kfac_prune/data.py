@@ -81,7 +81,7 @@ class Windows:
         """The number of unmasked tokens."""
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
 
-    def _rows(self, rows: slice) -> "tuple[Tensor, Tensor | None]":
+    def _rows(self, rows: slice | Sequence[int] | Tensor) -> "tuple[Tensor, Tensor | None]":
         return self.input_ids[rows], None if self.attention_mask is None else self.attention_mask[rows]
 
     def _trimmed(self, rows: slice) -> "tuple[Tensor, Tensor | None]":
@@ -101,6 +101,10 @@ class Windows:
         index = torch.arange(len(self))
         cuts = (slice(start, start + batch_size) for start in range(0, len(self), batch_size))
         return (WindowBatch(index[rows], *self._trimmed(rows)) for rows in cuts)
+
+    def chosen(self, rows: Sequence[int] | Tensor) -> "Windows":
+        """Some windows, by their numbers."""
+        return Windows(*self._rows(rows))
 
     def every(self, step: int, first: int, stop: int | None = None) -> "Windows":
         """Each `step`-th window from number `first` on, before number `stop`."""

@@ -202,13 +202,14 @@ def check_runs(model: PreTrainedModel, windows: Windows, objective: Objective) -
     if mask is not None and objective.unit == "sequence":
         lengths = mask.sum(1)
         rows = [int(lengths.where(lengths > 0, lengths.max()).argmin()), int(lengths.argmax())]
-    short, beside = (Windows(windows.input_ids[r], None if mask is None else mask[r]) for r in (rows[:1], rows))
     try:
-        with torch.no_grad():
-            alone, both = (objective.output(model, *next(w.batches(2)).on(model.device))[0] for w in (short, beside))
+        with torch.no_grad():  # the first row alone, then beside the other
+            parts = (windows.chosen(rows[: i + 1]) for i in range(len(rows)))
+            outputs = [objective.output(model, *next(part.batches(2)).on(model.device))[0] for part in parts]
     except Exception as error:  # whatever the model's code happens to raise
         raise InputError(f"{what} fails on a window of text: {reason(error)}") from error
-    if len(rows) == 2 and float((both - alone).abs().max() / alone.abs().max()) > torch.finfo(alone.dtype).eps ** 0.5:
+    alone, padded = outputs[0], outputs[-1]
+    if float((padded - alone).abs().max() / alone.abs().max()) > torch.finfo(alone.dtype).eps ** 0.5:
         raise InputError(
             f"{what} gives another output for a sequence once it is padded: its config.json has pad_token_id "
             f"{model.config.pad_token_id}, which must be what the tokenizer pads with"
@@ -245,7 +246,7 @@ def finite_windows(
             f"every one of the {len(windows)} calibration windows gives NaN or infinity; try --dtype float32 or "
             "bfloat16, or other text"
         )
-    return Windows(windows.input_ids[rows], None if windows.attention_mask is None else windows.attention_mask[rows])
+    return windows.chosen(rows)
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

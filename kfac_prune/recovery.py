@@ -165,8 +165,7 @@ def recover(
 
 def _chosen(windows: Windows, rows: Tensor) -> WindowBatch:
     """Some rows as one batch, without the columns that pad all of them."""
-    ids, mask = windows.input_ids, windows.attention_mask
-    return next(iter(Windows(ids[rows], None if mask is None else mask[rows]).batches(len(rows))))
+    return next(windows.chosen(rows).batches(len(rows)))
 
 
 class _Distillation:

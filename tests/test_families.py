@@ -205,4 +205,4 @@ def test_pruned_saved_and_reloaded(subject, pattern, tmp_path):
         assert made.mask.sum() == made.mask.numel() // 2
         if pattern is not None:
             assert (made.mask.unflatten(1, (-1, 4)).sum(-1) == 2).all()
-        assert made.kkt < 0.4  # the solver stops by the loss, which is near its optimum long before
+        assert made.kkt < 0.2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 
@@ -68,9 +69,12 @@ class Curvature(ABC):
 def equilibrating(diagonal: Tensor, inverse_diagonal: Tensor) -> Tensor:
     """The scale of ``equilibrated`` from the diagonals of H and H⁻¹, in their shape.
 
-    Roots come before the quotient, since that of tiny curvature (below 1e-23 in float32) by its inverse underflows.
+    H is first brought near one by a power of four, which rounds nothing and which the constant undoes: the quotient of
+    tiny curvature (below 1e-23 in float32) by its inverse underflows.
     """
-    scale = (diagonal.sqrt() / inverse_diagonal.sqrt()).sqrt()
+    mean = diagonal.mean()
+    unit = torch.ldexp(torch.ones_like(mean), mean.frexp().exponent // 2 * 2)
+    scale = ((diagonal / unit) / (inverse_diagonal * unit)) ** 0.25
     return scale * (diagonal / scale**2).mean().sqrt()
 
 
