@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -31,18 +31,20 @@ class LossCurve:
     Attributes:
         points: sparsity in (0, 1) -> loss in nats per token, at least two.
         size: number of weights.
+        zeros: the fraction of them that is zero before anything is removed, which costs nothing.
     """
 
     points: Mapping[float, float]
     size: int
+    zeros: float = 0.0
 
     def __post_init__(self) -> None:
         if len(self.points) < 2:
             raise ValueError(f"a curve needs at least two points, got {len(self.points)}")
 
     def __call__(self, sparsity: float) -> float:
-        """Loss at a sparsity: log e piecewise linear in s, zero at s = 0, end slopes continued."""
-        if sparsity <= 0:
+        """Loss at a sparsity: log e piecewise linear in s, end slopes continued; zero while only zeros go."""
+        if sparsity <= self.zeros:
             return 0.0
         xs = sorted(self.points)
         i = min(max(bisect_left(xs, sparsity), 1), len(xs) - 1)
@@ -56,11 +58,12 @@ class LossCurve:
         Points within 0.01 of the new one give way. A loss of zero (nothing, or only zeros, removed) says nothing about
         the rest, so the curve stays as it is.
         """
-        if loss <= 0:
+        predicted = self(sparsity)
+        if loss <= 0 or predicted == 0:
             return self
-        factor = loss / self(sparsity)
+        factor = loss / predicted
         kept = {s: e * factor for s, e in self.points.items() if abs(s - sparsity) > 0.01}
-        return LossCurve({**kept, sparsity: loss}, self.size)
+        return replace(self, points={**kept, sparsity: loss})
 
 
 def lower_hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -18,7 +18,7 @@ from kfac_prune.problems import Problems, owners
 from kfac_prune.progress import progress
 from kfac_prune.store import Journal
 
-#: Sparsities at which a layer's loss curve is computed.
+#: Fractions of a layer's weights, of those that are not zero yet, at whose removal its loss curve is computed.
 CURVE_POINTS = (0.3, 0.5, 0.7, 0.9)
 #: Of every dimension so many rows (columns) are solved: half of them, but at least and at most so many.
 SAMPLED = (64, 512)
@@ -46,6 +46,10 @@ def curves_of(
     found = {}
     mine = [layer for layer, process in zip(layers, owners(layers), strict=True) if process == ranks.index()]
     for layer in progress(mine, desc="loss curves", unit="layer", disable=quiet):
+        size, zeros = layer.weight.numel(), zeros_of(layer.weight)
+        if zeros == 1:
+            found[layer.name] = LossCurve(dict.fromkeys(CURVE_POINTS, 0.0), size, zeros)
+            continue
         finished = None if journal is None else journal.read(f"curve {layer.name}")
         if finished is None:
             weight, operator, _ = problems(layer)
@@ -55,13 +59,13 @@ def curves_of(
                 journal.write(f"curve {layer.name}", {}, {"losses": losses})
         else:
             losses = finished[1]["losses"]
-        found[layer.name] = LossCurve(dict(zip(CURVE_POINTS, losses, strict=True)), layer.weight.numel())
+        found[layer.name] = LossCurve(dict(zip(sparsities(zeros), losses, strict=True)), size, zeros)
     everything = {name: curve for part in ranks.gathered(found) for name, curve in part.items()}
     return {layer.name: everything[layer.name] for layer in layers}
 
 
 def sampled_losses(weight: Tensor, curvature: Kronecker) -> list[float]:
-    """Predicted losses at ``CURVE_POINTS``.
+    """Predicted losses at ``CURVE_POINTS`` of the weights that are not zero, of which there is at least one.
 
     The least saliencies of a layer add up to what removing them would cost if each weight were the only one: too little
     or too much by a factor that grows slowly with the sparsity. That factor is taken from some of the rows and columns,
@@ -75,13 +79,25 @@ def sampled_losses(weight: Tensor, curvature: Kronecker) -> list[float]:
     """
     rows, columns = (_some(width, weight.device) for width in weight.shape)
     part, under = weight[rows][:, columns].contiguous(), curvature.restricted(rows, columns)
+    wanted = sparsities(zeros_of(weight))
     if part.shape == weight.shape:
-        return [solve(weight, curvature, Unstructured(s), FAST).loss for s in CURVE_POINTS]
-    losses = []
-    for s, alone, alone_in_part in zip(CURVE_POINTS, _least(weight, curvature), _least(part, under), strict=True):
-        ratio = solve(part, under, Unstructured(s), FAST).loss / alone_in_part if alone_in_part > 0 else 1.0
-        losses.append(alone * ratio)
+        return [solve(weight, curvature, Unstructured(s), FAST).loss for s in wanted]
+    losses, wanted_of_part = [], sparsities(zeros_of(part))
+    alone = zip(_least(weight, curvature, wanted), _least(part, under, wanted_of_part), strict=True)
+    for s, (whole, some) in zip(wanted_of_part, alone, strict=True):
+        ratio = solve(part, under, Unstructured(s), FAST).loss / some if some > 0 else 1.0
+        losses.append(whole * ratio)
     return losses
+
+
+def zeros_of(weight: Tensor) -> float:
+    """The fraction of the weights that is zero."""
+    return 1 - int(weight.count_nonzero()) / weight.numel()
+
+
+def sparsities(zeros: float) -> list[float]:
+    """Of a layer at its ``CURVE_POINTS``, where a fraction of it is zero already."""
+    return [zeros + (1 - zeros) * point for point in CURVE_POINTS]
 
 
 def sampled(width: int) -> int:
@@ -96,8 +112,8 @@ def _some(width: int, device: torch.device) -> Tensor:
     return order[: sampled(width)].sort().values.to(device)
 
 
-def _least(weight: Tensor, curvature: Curvature) -> list[float]:
+def _least(weight: Tensor, curvature: Curvature, wanted: Sequence[float]) -> list[float]:
     """Sum of the least saliencies up to each sparsity."""
     ordered = saliency(weight, curvature).reshape(-1).sort().values
-    counts = [round(s * len(ordered)) for s in CURVE_POINTS]
+    counts = [round(s * len(ordered)) for s in wanted]
     return list(accumulate(float(ordered[a:b].sum(dtype=torch.float64)) for a, b in pairwise([0, *counts])))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kfac_prune import ranks
 from kfac_prune.config import Recipe
-from kfac_prune.curvature.estimate import bypassed, participants
+from kfac_prune.curvature.estimate import bypassed, participants, unmoved
 from kfac_prune.data import (
     Document,
     Windows,
@@ -287,21 +287,24 @@ def called_layers(
     objective: Objective,
     echo: Callable[[str], None],
 ) -> list[Layer]:
-    """The layers that the model calls; says which ones it only takes the weights of, which no curvature is for.
+    """The layers that have a curvature over tokens; says which ones have none, and why.
 
     Raises:
         InputError: none is left.
     """
-    unseen = bypassed(model, layers, calibration, objective)
-    left = [layer for layer in layers if layer not in unseen]
-    names = ", ".join(layer.name for layer in unseen)
-    if not left:
-        raise InputError(
-            f"{type(model).__name__} uses the weights of {names} without calling the layers; choose others"
-        )
-    if unseen:
-        echo(f"left dense, since {type(model).__name__} uses their weights without calling them: {names}")
-    return left
+    kind = type(model).__name__
+    without = {
+        f"{kind} uses their weights without calling them": bypassed(model, layers, calibration, objective),
+        f"{kind} also calls them on what does not depend on the text": unmoved(model, layers, calibration, objective),
+    }
+    for why, some in without.items():
+        layers = [layer for layer in layers if layer not in some]
+        names = ", ".join(layer.name for layer in some)
+        if not layers:
+            raise InputError(f"no curvature can be estimated for {names}, since {why}; choose other layers")
+        if some:
+            echo(f"left dense, since {why}: {names}")
+    return layers
 
 
 def reached_layers(

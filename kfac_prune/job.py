@@ -141,6 +141,9 @@ def begin(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
 def _repairs(recipe: Recipe, model: PreTrainedModel, calibration: Windows, echo: Callable[[str], None]) -> Recipe:
     """The recipe without the refit and reconstruction that the model does not allow, which is said."""
     kind, stack = type(model).__name__, first_window(model, calibration)
+    if not stack.blocks:
+        echo(f"no refit and no reconstruction: {kind} has no list of blocks")
+        return replace(recipe, reconstruct=0, refit=False)
     if not stack.calls_once():
         echo(f"no refit and no reconstruction: {kind} runs a block several times, and they would see the first alone")
         return replace(recipe, reconstruct=0, refit=False)

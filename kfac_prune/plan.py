@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kfac_prune import ranks
 from kfac_prune.allocate import LossCurve, allocate, least_subset
 from kfac_prune.baselines import llm_surgeon, owl
 from kfac_prune.config import ALLOCATIONS
@@ -127,7 +128,8 @@ def make_plan(
         estimate: gives the factors of the model as it is at that moment, for methods that prune it in several shots;
             it is dense again afterwards.
         sequences: the curvatures of ``method`` "ek-fac", "woodfisher" or "m-fac".
-        journal: has the curve and the solution of every layer that is finished, from which an interrupted run goes on.
+        journal: has the curve and the solution of every layer that is finished, and the allocation, from which an
+            interrupted run goes on.
         quiet: show no progress bars.
     """
     missing = [layer.name for layer in layers if layer.name not in factors.layers]
@@ -167,9 +169,14 @@ def make_plan(
         elif allocation == "global":
             sparsities = _global_threshold(layers, problems, sparsity)
         else:
-            if curves is None:
-                curves = curves_of(layers, problems, journal=journal, quiet=quiet)
-            sparsities, factor = _by_curves(layers, problems, sparsity, curves, probe, quiet)
+            known = ranks.told(None if journal is None else journal.read("allocation"))
+            if known is None:
+                curves = curves or curves_of(layers, problems, journal=journal, quiet=quiet)
+                sparsities, factor = _by_curves(layers, problems, sparsity, curves, probe, quiet)
+                if journal is not None and ranks.index() == 0:
+                    journal.write("allocation", {}, {"sparsities": sparsities, "factor": factor})
+            else:
+                sparsities, factor = known[1]["sparsities"], known[1]["factor"]
         planned = problems.solve_all(layers, pattern, sparsities, label="solve", journal=journal, quiet=quiet)
     if probe is not None and not factor:
         factor = probe.factors(layers, planned, together=target is None, quiet=quiet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from kfac_prune import ranks
 from kfac_prune.data import Windows
+from kfac_prune.errors import InputError
 from kfac_prune.models import Layer, WeightSwap, prunable_layers
 from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.problems import PlannedLayer
@@ -69,7 +71,7 @@ class Probe:
         self._batches = [Windows(batch.input_ids, batch.attention_mask) for batch in windows.batches(batch_size)]
         self._streams = [stack.entries]  # [block][batch]
         self._outputs: list[Tensor] | None = None  # rows of every batch
-        self._whole = not stack.calls_once()
+        self._whole = not stack.blocks or not stack.calls_once()
         if self._whole:
             return
         with torch.no_grad():
@@ -145,7 +147,13 @@ class Probe:
         for members in progress(own, desc="probe", unit="block" if together else "layer", disable=quiet):
             some, made = [layers[i] for i in members], [planned[i] for i in members]
             predicted = sum(one.predicted for one in made)
-            factor = max(self(some, made) / predicted, MIN_FACTOR) if predicted > 0 else 1.0
+            measured = self(some, made) if predicted > 0 else 0.0
+            if not math.isfinite(measured):
+                raise InputError(
+                    f"KL(dense‖pruned) is {measured} where {some[0].name} alone is pruned; try --dtype float32 or "
+                    "bfloat16, or leave the layer out with --ignore"
+                )
+            factor = max(measured / predicted, MIN_FACTOR) if predicted > 0 else 1.0
             found |= dict.fromkeys((layer.name for layer in some), factor)
         return {name: factor for part in ranks.gathered(found) for name, factor in part.items()}
 

@@ -124,7 +124,8 @@ def reconstruct_sparse(
         stack = BlockStack(model, *own_steps(windows), shelf)
     masks = {layer.name: layer.mask for layer in plan.layers}
     metric = metrics(factors, damping or Damping(), settings.unit)
-    return reconstruct(stack, stack, metric, settings, trained=masks, masks=masks, dense=dense, quiet=quiet)
+    pruned = stack.entered_anew(masks)
+    return reconstruct(stack, pruned, metric, settings, trained=masks, masks=masks, dense=dense, quiet=quiet)
 
 
 def reconstruct(
@@ -146,7 +147,7 @@ def reconstruct(
     Args:
         dense_stack: blocks of the dense model.
         stack: blocks of the pruned model, in batches as steps are taken on (``step_windows``); the same object where
-            ``dense`` makes one model the other.
+            ``dense`` makes one model the other and what enters the blocks is the same.
         metric: G [d, d], damped, after every block by its name (``metrics``). With unit "sublayer" a layer that writes
             into the stream ends a sub-layer where there is a metric under its name.
         settings: epochs, unit, seed, folder and objective.
@@ -156,9 +157,11 @@ def reconstruct(
         quiet: show no progress bar.
 
     Raises:
-        InputError: the model runs a block several times, too few batches to hold one out, a stream that is not finite
-            (names the block), or a file in the folder that is broken.
+        InputError: the model has no list of blocks or runs one several times, too few batches to hold one out, a stream
+            that is not finite (names the block), or a file in the folder that is broken.
     """
+    if not stack.blocks:
+        raise InputError(f"{type(stack.model).__name__} has no list of blocks to reconstruct; use --reconstruct 0")
     stack.check_calls("reconstruction sees the first alone; use --reconstruct 0")
     batches = len(stack.entries)
     if batches < 2:
@@ -172,10 +175,11 @@ def reconstruct(
     masks = masks or {}
     journal = None
     if settings.folder is not None and ranks.leads():
-        journal = Journal(settings.folder, "reconstruction", _fingerprint(dense_stack, stack, settings, masks, dense))
+        key = _fingerprint(dense_stack, stack, metric, settings, trained, masks, dense)
+        journal = Journal(settings.folder, "reconstruction", key)
         if others := journal.drop_others():
             logger.warning("reconstruct: %d blocks in %s are of other options or another model", others, journal.folder)
-    dense_stream, stream = list(dense_stack.entries), list(dense_stack.entries)
+    dense_stream, stream = list(dense_stack.entries), list(stack.entries)
     records: list[Reconstructed] = []
     rate = None
     with progress(total=len(stack.names), desc="reconstruct", unit="block", disable=quiet) as bar:
@@ -220,13 +224,17 @@ def _journaled(
 def _fingerprint(
     dense_stack: BlockStack,
     stack: BlockStack,
+    metric: Mapping[str, Tensor],
     settings: Reconstruction,
+    trained: Collection[str],
     masks: Mapping[str, Tensor],
     dense: Callable[[], AbstractContextManager[None]],
 ) -> str:
-    """Of all that decides the result: weights before and after pruning, masks, the stream that enters, settings."""
-    entries = {f"entry {batch}": stream for batch, stream in enumerate(stack.entries)}
-    parts = [str(replace(settings, folder=None)), content_hash(entries), content_hash(masks)]
+    """Of all that decides the result: weights before and after pruning, the streams that enter, and the arguments."""
+    padding = {str(batch): mask for batch, mask in enumerate(stack.masks) if mask is not None}
+    entries = {str(batch): stream for batch, stream in enumerate(stack.entries)}
+    parts = [str(replace(settings, folder=None)), str(sorted(trained))]
+    parts += map(content_hash, (entries, padding, metric, masks))
     with dense():
         parts.append(content_hash(dense_stack.model.state_dict()))
     parts.append(content_hash(stack.model.state_dict()))

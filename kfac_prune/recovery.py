@@ -15,11 +15,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedModel
 
+from kfac_prune import ranks
 from kfac_prune.block_training import HELD_OUT
 from kfac_prune.data import WindowBatch, Windows
 from kfac_prune.errors import InputError
@@ -95,11 +94,7 @@ def recover(
         InputError: too few windows to hold some out, or the KL is not finite at the start.
     """
     begin = time.perf_counter()
-    sharing = DataLoaderConfiguration(split_batches=True, even_batches=False)
-    accelerator = Accelerator(
-        cpu=model.device.type == "cpu", device_placement=False, mixed_precision="no", dataloader_config=sharing
-    )
-    processes = accelerator.num_processes
+    processes = ranks.count()
     few = max(len(windows) // HELD_OUT, 1)
     if len(windows) - few < processes:
         raise InputError(
@@ -109,7 +104,7 @@ def recover(
     train, held = windows.split(few)
     size = min(-(-step_windows(windows) // processes), len(train) // processes) * processes
     problem = _Distillation(model, dense, layers, masks or {}, objective)
-    mine = list(held.batches(max(size // processes, 1)))[accelerator.process_index :: processes]
+    mine = ranks.share(list(held.batches(max(size // processes, 1))))
     before = best = problem.kl(mine)
     if not math.isfinite(before):
         raise InputError(
@@ -124,18 +119,16 @@ def recover(
     def epochs_at(rate: float) -> Iterator[float]:
         """Train from the kept weights at a rate; the held-out KL after every epoch."""
         problem.weights.assign(kept)
-        accelerator.free_memory()  # of the optimizer of a rate before
         copies = problem.weights.copies()
-        optimizer = accelerator.prepare(adam(copies, rate, (0.9, 0.95)))
+        optimizer = adam(copies, rate, (0.9, 0.95))
         generator = torch.Generator().manual_seed(seed)
         step, steps = 0, epochs * per_epoch
         for _ in range(epochs):
-            order = torch.randperm(len(train), generator=generator)[: per_epoch * size].tolist()
-            shared = TensorDataset(torch.arange(len(train)))
-            for (rows,) in accelerator.prepare(DataLoader(shared, size, sampler=order, generator=generator)):
+            order = torch.randperm(len(train), generator=generator)[: per_epoch * size]
+            for rows in order.split(size):
                 optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
                 step += 1
-                loss = problem.gradient(_chosen(train, rows), copies)
+                loss = problem.gradient(_chosen(train, rows[ranks.index() :: processes]), copies)
                 optimizer.step()
                 problem.weights.take_over(copies)
                 bar.set_postfix_str(f"KL {loss:.4f}, held out {best:.4f}", refresh=False)
@@ -156,7 +149,6 @@ def recover(
             rate /= 2
             logger.info("recovery: the first epoch does not lower the held-out KL; learning rate %.3g", rate)
     problem.weights.assign(kept)
-    accelerator.free_memory()
     if best_epoch == 0 and passes:
         logger.warning("recovery: no learning rate lowered the held-out KL %.4g; the model is left as it was", before)
     chosen = rate if best_epoch else 0.0

@@ -146,7 +146,7 @@ def refit(
     stack.check_calls("the refit sees the first alone; use --no-refit")
     planned = {layer.name: layer for layer in plan.layers}
     records: list[Refitted] = []
-    for layer, moments in refit_moments(stack, stack, set(planned), dense=dense, quiet=quiet):
+    for layer, moments in refit_moments(stack, stack.entered_anew(planned), set(planned), dense=dense, quiet=quiet):
         g, _ = damping(factors.layers[layer.name].g, name="G", where=layer.name)
         solved, record = _solve(planned[layer.name], layer, moments, g, pattern)
         planned[layer.name] = agreed(solved, layer)
@@ -171,13 +171,14 @@ def refit_moments(
 
     Args:
         dense_stack: blocks of the dense model.
-        stack: blocks of the pruned model; the same object where ``dense`` makes one model the other.
+        stack: blocks of the pruned model; the same object where ``dense`` makes one model the other and what enters the
+            blocks is the same.
         wanted: names of the writers to refit; or a mapping from the names of all layers to refit to the rows of the
             dense layer that the pruned one still has.
         dense: a context in which ``dense_stack`` is dense.
         quiet: show no progress bar.
     """
-    dense_stream, pruned_stream = list(dense_stack.entries), list(dense_stack.entries)
+    dense_stream, pruned_stream = list(dense_stack.entries), list(stack.entries)
     for index, block in enumerate(progress(stack.names, desc="refit", unit="block", disable=quiet)):
         inside = dense_stack.inside(index)
         with dense():

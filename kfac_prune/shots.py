@@ -135,12 +135,9 @@ def correct(
         assert found is not None
         return found
 
-    present = list(plan.layers)
-    by_name = {layer.name: layer for layer in layers}
-    layers = [by_name[planned.name] for planned in present]
-    best = kl(held_out)
-    for number in progress(range(1, corrections + 1), desc="shots", unit="shot", disable=quiet):
-        factors = estimate_factors(model, layers, fit, fisher=fisher, seed=seed + number, **options)
+    def shot(labels: int) -> tuple[float, list[PlannedLayer]]:
+        """The step taken and the layers after it; the curvature, which fills the memory, is gone at its end."""
+        factors = estimate_factors(model, layers, fit, fisher=fisher, seed=labels, **options)
         gradients = kl_gradient(model, layers, fit, dense, **options)
         problems = [  # those that this process solves; an expert that the pruned model sends no token to stays
             _Problem(layer, factors.layers[layer.name], gradient, damping or Damping())
@@ -148,7 +145,14 @@ def correct(
             else None
             for layer, gradient, process in zip(layers, gradients, owners(layers), strict=True)
         ]
-        step, moved = _searched(layers, problems, present, pattern, lambda: kl(few))
+        return _searched(layers, problems, present, pattern, lambda: kl(few))
+
+    present = list(plan.layers)
+    by_name = {layer.name: layer for layer in layers}
+    layers = [by_name[planned.name] for planned in present]
+    best = kl(held_out)
+    for number in progress(range(1, corrections + 1), desc="shots", unit="shot", disable=quiet):
+        step, moved = shot(seed + number)
         _assign(layers, moved)
         after = kl(held_out) if step else best
         better = after < best

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,6 +60,38 @@ MOST_ROUNDING = 0.3
 Shelf = Literal["device", "cpu", "disk"]
 
 
+class _Arguments:
+    """What the blocks are called with in one batch, without second copies of what the first batch brought.
+
+    Masks and position embeddings are equal for all batches without padding, and may be as large as the stream.
+
+    Args:
+        common: tensors of the first batch.
+    """
+
+    def __init__(self, common: Sequence[Tensor]) -> None:
+        self._common = common
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # by identity: what came, which thus lives on, and what stays
+
+    def __call__(self, value: Any) -> Any:
+        """The same arguments."""
+        if isinstance(value, Tensor):
+            if id(value) not in self._kept:
+                self._kept[id(value)] = value, next((one for one in self._common if _same(one, value)), value)
+            return self._kept[id(value)][1]
+        if type(value) in (tuple, list):
+            return type(value)(map(self, value))
+        return {name: self(one) for name, one in value.items()} if type(value) is dict else value
+
+    def tensors(self) -> list[Tensor]:
+        """All that stay."""
+        return [kept for _, kept in self._kept.values()]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
 class BlockStack:
     """The blocks of a model and the calls that it makes to them.
 
@@ -89,22 +122,50 @@ class BlockStack:
         self._calls: list[list[Call]] = []  # [batch][block]
         self._batches = list(windows.batches(batch_size))
         self.model, self.device = model, model.device
+        common: list[Tensor] = []
         with torch.no_grad():
             for batch in self._batches:
                 ids, mask = batch.on(model.device)
+                arguments = _Arguments(common)
                 calls: list[Call] = []
-                with self._recorded(calls), suppress(_Stopped):
+                with self._recorded(calls, arguments), suppress(_Stopped):
                     model(input_ids=ids, attention_mask=mask, use_cache=False)
+                common = common or arguments.tensors()
                 self._calls.append(calls)
                 self.masks.append(mask)
 
+    def entered_anew(self, changed: Iterable[str]) -> BlockStack:
+        """The same blocks, entered by the stream of the model as it is now; itself if no layer outside them changed.
+
+        Args:
+            changed: names of the layers that have.
+        """
+        if all(block_of(self.layers[name], self.names) >= 0 for name in changed):
+            return self
+        other = copy(self)
+        other.entries = []
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            other.entries.append(self.keep(Call.split(args, kwargs)[0]))
+            raise _Stopped
+
+        handle = self.blocks[0].register_forward_pre_hook(enter, with_kwargs=True)
+        try:
+            for batch in self._batches:
+                ids, mask = batch.on(self.device)
+                with torch.no_grad(), suppress(_Stopped):
+                    self.model(input_ids=ids, attention_mask=mask, use_cache=False)
+        finally:
+            handle.remove()
+        return other
+
     @contextmanager
-    def _recorded(self, calls: list[Call]) -> Iterator[None]:
+    def _recorded(self, calls: list[Call], arguments: _Arguments) -> Iterator[None]:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             stream, call = Call.split(args, kwargs)
             if module is self.blocks[0]:
                 self.entries.append(self.keep(stream))
-            calls.append(call)
+            calls.append(Call(arguments(call.args), arguments(call.kwargs)))
             if module is self.blocks[-1] and len(self.blocks) > 1:
                 raise _Stopped  # what follows, the head above all, is not needed
 
@@ -292,13 +353,14 @@ def find_writers(stack: BlockStack, block: int, stream: Tensor, layers: Sequence
 def _summands(outputs: Mapping[str, Tensor], before: Tensor, after: Tensor) -> list[tuple[str, float]]:
     """Which outputs, times what, add up to what the stream has gained; empty where none do."""
     added = (after - before).double().reshape(-1)
-    names = list(outputs)
+    names = [name for name, output in outputs.items() if output.numel() == added.numel()]
     if not names:
         return []
     columns = torch.stack([outputs[name].cpu().double().reshape(-1) for name in names], dim=1)
     tolerance = 1e-3 if after.dtype == torch.float32 else 3e-2
     rounding = torch.finfo(after.dtype).eps * float(after.double().norm() / added.norm())  # of a stream that is large
-    factors = torch.linalg.lstsq(columns, added[:, None]).solution[:, 0]
+    gram = columns.T @ columns  # a few layers of one block: far from singular, or no sum is found
+    factors = torch.linalg.lstsq(gram, columns.T @ added).solution
     misfit = float((columns @ factors - added).norm() / added.norm())
     if misfit > max(tolerance, min(rounding, MOST_ROUNDING)):
         return []

@@ -99,6 +99,13 @@ class TestLossCurve:
         assert curve(0.3) == pytest.approx(1e-30)
         assert 0 < curve(0.5) < 1e-2
 
+    def test_zeros_go_for_nothing(self):
+        curve = LossCurve(self.POINTS, 10, zeros=0.25)
+        assert [curve(s) for s in (0.0, 0.1, 0.25)] == [0.0] * 3
+        assert all(curve(s) == LossCurve(self.POINTS, 10)(s) for s in (0.26, 0.4, 0.9))
+        assert curve.corrected(0.2, 0.0) == curve
+        assert curve.corrected(0.4, 1e-2).zeros == 0.25
+
     @pytest.mark.parametrize(("sparsity", "loss"), [(0.4, 1e-2), (0.62, 1e-3), (0.95, 0.1), (0.1, 1e-5)])
     def test_corrected_goes_through_the_point_and_scales_the_rest(self, sparsity, loss):
         curve = LossCurve(self.POINTS, 10)
@@ -376,3 +383,11 @@ class TestLeastSubset:
         assert least_subset([4, 6], [1.0, 2.0], 11) is None
         assert least_subset([0, 0], [1.0, 2.0], 1) is None
         assert least_subset([0, 0], [1.0, 2.0], 0) == [False, False]
+
+
+def test_what_is_zero_already_is_taken_first():
+    dense = LossCurve({0.3: 1e-9, 0.9: 1e-8}, 500)
+    sparse = LossCurve({0.65: 1.0, 0.95: 50.0}, 500, zeros=0.5)
+    result = allocate({"dense": dense, "sparse": sparse}, 0.4)
+    assert result["sparse"] == pytest.approx(0.5)
+    assert result["dense"] == pytest.approx(0.3)

@@ -534,7 +534,7 @@ def test_rows_that_do_not_fit_the_mask_are_an_error():
 
 def test_detached_activations_are_an_error():
     layer = nn.Linear(4, 3).requires_grad_(False)
-    with FactorCapture([Layer("cut", layer)]).hooked(), pytest.raises(RuntimeError, match="layer cut: no gradient"):
+    with FactorCapture([Layer("cut", layer)]).hooked(), pytest.raises(InputError, match="layer cut: no gradient"):
         layer(torch.ones(2, 4))
 
 

@@ -17,6 +17,7 @@ from kfac_prune.obs import (
 from kfac_prune.obs.select import one_shot
 from kfac_prune.operators import (
     BlockDiagonal,
+    Damping,
     Dense,
     Diagonal,
     EigenKronecker,
@@ -195,6 +196,18 @@ class TestGradient:
     def test_no_gradient_is_the_plain_problem(self, kind):
         h, w = operators(SHAPE)[kind], normal(*SHAPE, seed=1)
         assert torch.equal(newton_point(w, h, torch.zeros_like(w)), w)
+
+    def test_factors_that_float32_cannot_factorise(self):
+        """Inputs with a mean a thousand times their spread, damped by as little as is accepted without a word."""
+        u = 1 + torch.rand(1, 1536, generator=torch.Generator().manual_seed(0))
+        rows = u + 1e-3 * normal(512, 1536, seed=1).float()
+        a, record = Damping(1e-4)(rows.T @ rows / 512, name="A", where="layer")
+        assert not record.raised
+        with pytest.raises(torch.linalg.LinAlgError):
+            torch.linalg.cholesky(a)
+        step = newton_point(torch.zeros(2, 1536), Kronecker(a, torch.eye(2)), normal(2, 1536, seed=2).float())
+        exact = -torch.linalg.solve(a.double(), normal(2, 1536, seed=2).T).T
+        assert float((step - exact).norm() / exact.norm()) < 1e-2
 
     @every
     def test_solve_and_the_surgeon_take_it_too(self, kind):

@@ -310,6 +310,7 @@ def test_shrinkage_vanishes_with_many_tokens_and_is_whole_for_one():
     assert rhos[-1] < 1e-5
     assert intensity(torch.outer(s[0], s[0]), 1) == 1
     assert intensity(3 * torch.eye(4), 50) == 1
+    assert [intensity(s * unit, 10) for unit in (1e-30, 1e30)] == pytest.approx([rhos[1]] * 2)
     assert torch.equal(s, torch.diag(torch.tensor([4.0, 1.0, 0.5, 0.1])))  # left as it is
 
 

@@ -11,6 +11,7 @@ from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
     BertConfig,
+    DebertaV2Config,
     FalconConfig,
     Gemma3TextConfig,
     MambaConfig,
@@ -44,6 +45,8 @@ def text(config, auto=None):
 
 
 BERT = FAMILIES["bert"]
+#: As of the models of version 2 (keys and queries of positions of their own) and 3 (shared with those of tokens).
+DEBERTA = {**SMALL, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "norm_rel_ebd": "layer_norm"}
 MODELS = {
     **{name: FAMILIES[name] for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "opt")},
     **{name: FAMILIES[name] for name in ("gpt2", "gpt_neox", "bert", "vit")},
@@ -57,6 +60,11 @@ MODELS = {
     "llama-classes": text(FAMILIES["llama"].config, AutoModelForSequenceClassification),
     "bert-classes": text(lambda: BertConfig(**SMALL), AutoModelForSequenceClassification),
     "bert-encoder": text(BERT.config, AutoModel),
+    "deberta_v2": text(lambda: DebertaV2Config(**DEBERTA, share_att_key=False), BERT.auto),
+    "deberta_v3-classes": text(
+        lambda: DebertaV2Config(**DEBERTA, share_att_key=True, position_biased_input=False),
+        AutoModelForSequenceClassification,
+    ),
 }
 
 #: Share of all parameters of these tiny models that can be pruned. What is left out are embeddings, heads, norms and
@@ -66,6 +74,7 @@ COVERED = {
     "phi3": 0.792, "opt": 0.798, "gpt2": 0.801, "gpt_neox": 0.747, "falcon": 0.838, "mixtral": 0.910,
     "qwen2_moe": 0.883, "qwen3_moe": 0.868, "mamba": 0.752, "bert": 0.389, "vit": 0.614, 
     "modernbert": 0.891, "llama-classes": 0.875, "bert-classes": 0.803, "bert-encoder": 0.366,
+    "deberta_v2": 0.624, "deberta_v3-classes": 0.578,
 }  # fmt: skip
 EXTRA = {
     "mixtral": r"mlp\.gate\.weight",
@@ -73,6 +82,8 @@ EXTRA = {
     "qwen3_moe": r"mlp\.gate\.weight",
     "mamba": r"mixer\.(A_log|conv1d\.weight|dt_proj\.weight)",
     "bert-encoder": r"pooler\.dense\.weight",
+    "deberta_v2": r"self\.pos_(key|query)_proj\.weight",
+    "deberta_v3-classes": r"self\.(key|query)_proj\.weight",
 }
 OUTSIDE = r"embed|\.wte\.|\.wpe\.|lm_head|classifier\.weight|score\.weight"
 
@@ -146,6 +157,10 @@ def test_the_share_that_is_covered(subject):
     assert [line.split(":")[0] for line in subject.told] == {
         "mamba": ["left dense, since MambaForCausalLM uses their weights without calling them"],
         "bert-encoder": ["left dense, since the objective embedding does not depend on them"],
+        "deberta_v2": ["left dense, since DebertaV2ForMaskedLM also calls them on what does not depend on the text"],
+        "deberta_v3-classes": [
+            "left dense, since DebertaV2ForSequenceClassification also calls them on what does not depend on the text"
+        ],
     }.get(name, [])
 
 

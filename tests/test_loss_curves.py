@@ -43,12 +43,18 @@ def test_uncorrelated_weights_are_exact_up_to_the_sampled_ratio():
     assert sampled_losses(weight, operator) == pytest.approx(exact, rel=1e-3)
 
 
-def test_weights_that_are_zero_already_cost_nothing():
-    operator, weight = Kronecker(correlated(160, 1), correlated(160, 2)), normal(160, 160, seed=3)
+def test_points_are_fractions_of_what_is_not_zero_yet():
+    """Half of the inputs are gone: what is left is a layer of half the width."""
+    a, g, weight = correlated(320, 1), correlated(160, 2), normal(160, 320, seed=3)
+    a[:, ::2] = a[::2] = 0
+    a += torch.diag(torch.arange(320) % 2 == 0) * a.diagonal().max()
     weight[:, ::2] = 0
-    losses = sampled_losses(weight, operator)
-    assert losses[0] == 0
-    assert losses[0] <= losses[1] < losses[2] < losses[3]
+    operator, rest = Kronecker(a, g), Kronecker(a[1::2, 1::2].contiguous(), g)
+    assert curves.zeros_of(weight) == 0.5
+    assert curves.sparsities(0.5) == [0.65, 0.75, 0.85, 0.95]
+    whole = [solve(weight[:, 1::2].contiguous(), rest, Unstructured(s), FAST).loss for s in CURVE_POINTS]
+    for sampled, exact, most in zip(sampled_losses(weight, operator), whole, (0.1, 0.2, 0.25, 0.4), strict=True):
+        assert 1 - most < sampled / exact < 1 + most
 
 
 def test_the_sample_does_not_depend_on_the_process_or_the_generator():

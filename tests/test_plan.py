@@ -14,6 +14,7 @@ from kfac_prune.operators import Damping, damping, quadratic_loss
 from kfac_prune.plan import make_plan, prune
 from kfac_prune.probe import Probe
 from kfac_prune.quality import evaluate
+from kfac_prune.store import Journal
 
 
 @pytest.fixture
@@ -236,3 +237,57 @@ def test_a_sparsity_out_of_range_is_refused_with_its_own_number(make_model, make
     layers = prunable_layers(model)
     with pytest.raises(InputError, match=r"sparsity is 1.5; it must be at least 0 and below 1"):
         make_plan(layers, estimate_factors(model, layers, windows), sparsity=1.5)
+
+
+@pytest.mark.parametrize("sparsity", [0.6, 0.7])
+def test_a_model_with_zeros_is_allocated_by_what_is_left(problem, sparsity):
+    model, windows, layers, _ = problem
+    with torch.no_grad():
+        for i, layer in enumerate(layers):  # some layers matter far more than others
+            layer.module.weight *= 1.0 if i % 3 else 3.0
+    factors = estimate_factors(model, layers, windows)
+    prune(layers, make_plan(layers, factors, sparsity=0.5, allocation="uniform"))
+    factors, dense = estimate_factors(model, layers, windows), [layer.weight.clone() for layer in layers]
+    lost = {}
+    for allocation in ("curves", "uniform"):
+        probe = Probe.on(model, windows) if allocation == "curves" else None
+        plan = make_plan(layers, factors, sparsity=sparsity, allocation=allocation, probe=probe)
+        swap = prune(layers, plan)
+        lost[allocation] = evaluate(model, windows, dense=swap.swapped_in).kl
+        swap.restore()
+        assert plan.sparsity == pytest.approx(sparsity, abs=1e-3)
+    assert lost["curves"] < 0.9 * lost["uniform"]
+    assert all(torch.equal(layer.weight, before) for layer, before in zip(layers, dense, strict=True))
+
+
+def test_a_layer_of_zeros_takes_no_part(problem):
+    model, windows, layers, _ = problem
+    zero = layers[3]
+    with torch.no_grad():
+        zero.module.weight.zero_()
+    factors = estimate_factors(model, layers, windows)
+    layers = [layer for layer in layers if factors.layers[layer.name].g.trace() > 0]
+    plan = make_plan(layers, factors, sparsity=0.5)
+    assert plan.sparsity == pytest.approx(0.5, abs=1e-3)
+    assert {layer.name: layer.predicted for layer in plan.layers}[zero.name] == 0
+
+
+def test_the_allocation_is_not_made_twice(problem, tmp_path):
+    model, windows, layers, factors = problem
+    journal = Journal(tmp_path, "plan", "key")
+    first = make_plan(layers, factors, sparsity=0.6, probe=Probe.on(model, windows), journal=journal)
+
+    class Silent(Probe):
+        def factors(self, *arguments, **options):
+            raise AssertionError
+
+    again = make_plan(layers, factors, sparsity=0.6, probe=Silent.on(model, windows), journal=journal)
+    assert [layer.predicted for layer in again.layers] == [layer.predicted for layer in first.layers]
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(again.layers, first.layers, strict=True))
+
+
+def test_a_layer_that_overflows_alone_is_named(problem, monkeypatch):
+    model, windows, layers, factors = problem
+    monkeypatch.setattr(Probe, "__call__", lambda *arguments: float("nan"))
+    with pytest.raises(InputError, match=f"is nan where {layers[0].name} alone is pruned"):
+        make_plan(layers, factors, sparsity=0.6, probe=Probe.on(model, windows))

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import (
     Gemma2Config,
     Llama4ForCausalLM,
     Llama4TextConfig,
+    OPTConfig,
 )
 
 from kfac_prune import block_training, reconstruction
@@ -23,7 +25,7 @@ from kfac_prune.obs import NM
 from kfac_prune.operators import Damping
 from kfac_prune.plan import make_plan, prune
 from kfac_prune.quality import evaluate
-from kfac_prune.reconstruction import metrics, reconstruct, step_windows
+from kfac_prune.reconstruction import metrics, reconstruct, reconstruct_sparse, step_windows
 from kfac_prune.refitting import refit
 from kfac_prune.stream import BlockStack, find_writers, observed
 from kfac_prune.structure.prune import Settings, prune_structured, weights_target
@@ -372,6 +374,46 @@ def test_a_bad_file_of_an_earlier_run_is_refused(make_model, make_windows, tmp_p
     harm(file)
     with pytest.raises(InputError, match=f"{file.name} {message}"):
         Job(make_model("llama"), windows).run(epochs=1, folder=tmp_path)
+
+
+def test_blocks_under_another_metric_or_with_other_layers_are_trained_anew(make_model, make_windows, tmp_path):
+    windows, results = make_windows(count=24, length=8), []
+    for damping, trained in ((0.03, None), (1.0, None), (1.0, ["model.layers.1.mlp.up_proj"])):
+        alone, job = (Job(make_model("llama"), windows) for _ in range(2))
+        for one, folder in ((alone, None), (job, tmp_path)):
+            one.metric = metrics(one.factors, Damping(damping), "block")
+            one.run(epochs=1, folder=folder, trained=trained)
+        assert all(torch.equal(tensor, alone.tensors()[name]) for name, tensor in job.tensors().items())
+        results.append(job.tensors())
+    assert all(any(not torch.equal(t, other[name]) for name, t in one.items()) for one, other in pairwise(results))
+
+
+def test_a_layer_before_the_blocks_is_part_of_what_was_lost(make_windows):
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=48, hidden_size=24, word_embed_proj_dim=16, ffn_dim=40, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=16, do_layer_norm_before=False, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
+    model, windows = AutoModelForCausalLM.from_config(config).eval(), make_windows(count=24, length=8)
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    layers = prunable_layers(model)
+    assert "model.decoder.project_in" in {layer.name for layer in layers}
+    factors = estimate_factors(model, layers, windows)
+    plan = make_plan(layers, factors, sparsity=0.6, allocation="uniform")
+    dense = prune(layers, plan)
+    records = reconstruct_sparse(model, plan, factors, windows, dense.swapped_in, Reconstruction(epochs=2))
+    held_out = windows.split(2)[1]  # a batch is a window here
+    assert records[-1].after == pytest.approx(evaluate(model, held_out, dense=dense.swapped_in).kl, rel=1e-4)
+    _, refitted = refit(model, layers, plan, factors, windows, dense.swapped_in)
+    assert all(one.after <= one.before for one in refitted)
+
+
+def test_a_model_without_blocks_is_refused(make_model, make_windows):
+    job = Job(make_model("llama"), make_windows(count=24, length=8))
+    job.stack.blocks = job.stack.names = []
+    with pytest.raises(InputError, match="has no list of blocks to reconstruct; use --reconstruct 0"):
+        job.run()
 
 
 @pytest.mark.parametrize(("seed", "epochs"), [(1, 1), (0, 2)])

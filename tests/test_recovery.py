@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import build, random_windows
 
 from kfac_prune import recovery
@@ -39,7 +41,7 @@ def test_held_out_kl_falls_and_the_mask_stays(model, make_windows):
         make_windows(count=64, length=12),
     )
     outside = job.tensors()
-    record = job.run(windows, epochs=3)
+    record = job.run(windows, epochs=3, seed=1)
     assert 0 < record.after < record.before
     assert (record.epochs, record.best_epoch) == (3, 3)
     measured = evaluate(model, windows.split(6)[1], dense=job.dense.swapped_in).kl
@@ -169,3 +171,12 @@ def check_two(results):
     for name, tensor in job.tensors().items():
         assert torch.equal(tensors[name], others[name])
         torch.testing.assert_close(tensor, tensors[name], rtol=0, atol=1e-5)
+
+
+def test_it_works_beside_a_training_of_another_precision(make_model, make_windows):
+    try:
+        Accelerator(cpu=True, mixed_precision="bf16")
+        record = Job(make_model("llama")).run(make_windows(count=24, length=12), epochs=1)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert record.after < record.before

@@ -1,6 +1,8 @@
 """Shots after the first: gradient, Newton step with bias, and what may and may not change."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -51,6 +53,23 @@ def test_never_worse_on_held_out_windows_and_as_many_weights(model, make_windows
         assert bool((now.weight[~now.mask] == 0).all())
         if pattern is not None:
             assert pattern.is_valid(now.mask)
+
+
+def test_the_curvature_of_a_shot_is_gone_before_the_next(make_model, make_windows, monkeypatch):
+    model, windows = make_model("llama"), make_windows(count=24, length=12)
+    layers, plan, dense = pruned(model, windows, sparsity=0.7)
+    made, alive = [], []
+
+    def estimate(*arguments, **options):
+        gc.collect()
+        alive.append([factor for factor in made if factor() is not None])
+        factors = estimate_factors(*arguments, **options)
+        made.extend(weakref.ref(layer.g) for layer in factors.layers.values())
+        return factors
+
+    monkeypatch.setattr(shots, "estimate_factors", estimate)
+    correct(model, layers, plan, windows, dense.swapped_in, 2)
+    assert alive == [[], []]
 
 
 def test_what_held_out_windows_find_worse_is_undone(make_model, make_windows, monkeypatch):

@@ -7,6 +7,7 @@ from transformers import (
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
+    MistralConfig,
     MixtralConfig,
     OPTConfig,
     Phi3Config,
@@ -150,3 +151,20 @@ def test_writers_are_found_where_a_large_stream_rounds_what_is_added():
 
 def test_without_a_stack_of_blocks_there_is_nothing_to_run():
     assert find_blocks(torch.nn.Linear(2, 2), []) == ([], [])
+
+
+def test_arguments_that_are_equal_for_all_batches_are_kept_once():
+    config = MistralConfig(**GATED, sliding_window=4)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    windows = tokens(False)
+
+    def held(stack):
+        found = []
+        for calls in stack._calls:
+            for call in calls:
+                for value in (*call.args, *call.kwargs.values()):
+                    found += [x for x in (value if isinstance(value, tuple) else [value]) if torch.is_tensor(x)]
+        return {tensor.data_ptr() for tensor in found if tensor.numel()}
+
+    one, all_five = (BlockStack(model, windows.chosen(torch.arange(count)), batch_size=1) for count in (1, 5))
+    assert len(held(all_five)) == len(held(one)) > 2

@@ -225,7 +225,7 @@ class TestSizes:
 
 @pytest.mark.parametrize("shots", [1, 2])
 def test_what_was_asked_for_is_gone_and_the_better_plan_kept(family, shots, make_model, make_windows):
-    model, windows = make_model(family), make_windows(count=24, length=12)
+    model, windows = make_model(family), make_windows(count=64, length=12)
     before = tensors(model)
     best, others = pruned(model, windows, 0.4, kinds=KINDS[family], shots=shots)
     assert same(tensors(model), before)
@@ -233,7 +233,7 @@ def test_what_was_asked_for_is_gone_and_the_better_plan_kept(family, shots, make
     for done in (best, *others):
         assert block_weights(done.model) <= 0.6 * block_weights(model)
         assert done.model.num_parameters() < model.num_parameters()
-        assert done.kl == pytest.approx(kl(model, done.model, windows), rel=1e-3)
+        assert done.kl == pytest.approx(kl(model, done.model, windows.split(16)[1]), rel=1e-3)
         assert done.shots == shots
         assert done.predicted > 0
         assert not done.model.training
@@ -292,7 +292,7 @@ def test_refit_comes_nearer_to_the_dense_model(family, method, make_model, make_
             for refit in (True, False)
         )
         assert with_it.sizes == without.sizes
-        assert with_it.kl < without.kl
+        assert kl(model, with_it.model, windows) < kl(model, without.model, windows)
 
 
 @pytest.mark.parametrize("method", ["layerwise", "obd", "magnitude"])
@@ -325,12 +325,13 @@ def test_a_large_predicted_loss_is_tried_in_several_shots_too(llama):
     assert block_weights(much.model) <= 0.4 * block_weights(model)
 
 
-def test_the_last_windows_take_no_part_in_the_refit(make_model, make_windows):
-    model, windows = make_model("llama"), make_windows(count=40, length=12)
+@pytest.mark.parametrize(("count", "held_out"), [(64, 16), (32, 8), (3, 1)])
+def test_the_last_windows_take_no_part_in_the_refit(count, held_out, make_model, make_windows):
+    model, windows = make_model("llama"), make_windows(count=count, length=12)
     best, _ = pruned(model, windows, 0.3)
-    assert best.kl == pytest.approx(kl(model, best.model, Windows(windows.input_ids[-16:])), rel=1e-3)
+    assert best.kl == pytest.approx(kl(model, best.model, Windows(windows.input_ids[-held_out:])), rel=1e-3)
     other = windows.input_ids.clone()
-    other[-16:] = windows.input_ids[:16]
+    other[-held_out:] = windows.input_ids[:held_out]
     results = [  # without curvature and with sizes that the target alone fixes, the refit is all that sees windows
         pruned(model, chosen, 0.3, kinds=("ffn",), widths="uniform", method="magnitude")[0]
         for chosen in (windows, Windows(other))

@@ -168,7 +168,10 @@ class FactorCapture:
             output = output[0] if isinstance(output, tuple) else output
             if not output.requires_grad:
                 kind = "block" if name in self.blocks else "layer"
-                raise RuntimeError(f"{kind} {name}: no gradient flows to its output; the model detaches activations")
+                raise InputError(
+                    f"{kind} {name}: no gradient flows to its output, since the model calls it on what does not depend "
+                    "on the text or detaches what enters it; leave its layers out with --ignore"
+                )
             tokens = tokens_of(module)
             output.register_hook(lambda gradient: self._see_gradient(name, gradient, tokens))
 

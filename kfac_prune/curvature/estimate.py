@@ -192,7 +192,8 @@ def participants(
 
     def watch(name: str) -> Callable[..., None]:
         def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            output.register_hook(lambda gradient: reached.add(name))
+            if output.requires_grad:
+                output.register_hook(lambda gradient: reached.add(name))
 
         return after
 
@@ -226,6 +227,29 @@ def bypassed(model: PreTrainedModel, layers: Sequence[Layer], windows: Windows, 
             return []
         found = torch.autograd.grad(output.sum(), weights, allow_unused=True)
     return [layer for layer, gradient in zip(silent, found, strict=True) if gradient is not None]
+
+
+def unmoved(model: PreTrainedModel, layers: Sequence[Layer], windows: Windows, objective: Objective) -> list[Layer]:
+    """The layers that the model also calls on what does not depend on the text, told by one window.
+
+    So does DeBERTa, whose queries and keys are also those of relative positions: A and G are over tokens, and say
+    nothing of that.
+    """
+    ids, mask = next(windows.batches(1)).on(model.device)
+    still: set[str] = set()
+
+    def watch(name: str) -> Callable[..., None]:
+        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if not output.requires_grad:
+                still.add(name)
+
+        return after
+
+    with frozen(model), torch.enable_grad(), ExitStack() as hooks:
+        for layer in layers:
+            hooks.callback(layer.module.register_forward_hook(watch(layer.name)).remove)
+        objective.output(model, ids, mask)
+    return [layer for layer in layers if layer.name in still]
 
 
 def _note(names: set[str], name: str, module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -40,11 +40,12 @@ class FewTokens:
 
 def intensity(second: Tensor, count: int) -> float:
     """ρ in [0, 1] for a second moment S [n, n] that is the mean of ``count`` outer products."""
-    n, trace, square = len(second), float(second.trace()), float(second.square().sum(dtype=torch.float64))
-    spread = square - trace**2 / n  # of the eigenvalues: ‖S − μ I‖²
-    if spread <= 0:  # a multiple of the identity already
+    n, trace = len(second), second.trace()
+    square = float((second / trace).square().sum(dtype=torch.float64))  # ρ is free of scale, and squares may underflow
+    spread = square - 1 / n  # of the eigenvalues: ‖S − μ I‖² / tr² S
+    if not spread > 0:  # a multiple of the identity already, or zero
         return 1.0
-    return min(1.0, ((1 - 2 / n) * square + trace**2) / ((count + 1 - 2 / n) * spread))
+    return min(1.0, ((1 - 2 / n) * square + 1) / ((count + 1 - 2 / n) * spread))
 
 
 def shrink_(second: Tensor, count: int) -> float:

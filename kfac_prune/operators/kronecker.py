@@ -117,6 +117,8 @@ class Kronecker(Curvature):
 
     def _shifted_inverses(self, rho: float) -> tuple[Tensor | None, Tensor, float]:
         """``(G + sI)⁻¹`` or None, ``(A + sI)⁻¹`` and s; the product of the factors' shifts is rho."""
+        if rho == 0:
+            return None if self.g is None else inverse_from_cholesky(self.g), inverse_from_cholesky(self.a), 0.0
         if self.g is None:
             return None, inverse_of_shifted(self.a, rho), rho
         root = rho**0.5

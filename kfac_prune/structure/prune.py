@@ -40,7 +40,8 @@ SHOTS = 3
 #: Several shots are kept unless the held-out windows find them worse by this fraction: few windows cannot tell less,
 #: and on other text they are better by 3-10 %.
 TOLERANCE = 0.05
-#: Calibration windows on which curves are measured and finished plans compared; nothing is fitted to them.
+#: Calibration windows, a quarter at most, on which curves are measured and finished plans compared; nothing is fitted
+#: to them.
 HELD_OUT = 16
 
 
@@ -215,8 +216,10 @@ def prune_structured(
     settings = settings or Settings()
     groups = find_groups(model, layers, kinds)
     fit, held_out = calibration, calibration
-    if len(calibration) > 2 * HELD_OUT:
-        fit, held_out = calibration.split(HELD_OUT)
+    if len(calibration) > 1:
+        fit, held_out = calibration.split(max(min(len(calibration) // 4, HELD_OUT), 1))
+    else:
+        echo("  the one calibration window is both fitted to and measured on; add --samples")
     width = max((g.units for g in groups if not isinstance(g, AttentionHeads)), default=0)
     multiple = settings.multiple or (64 if width >= 2048 else 8)
     settings = replace(settings, multiple=multiple)
