@@ -11,10 +11,10 @@ from torch import Tensor
 from kfac_prune import ranks
 from kfac_prune.allocate import LossCurve
 from kfac_prune.curvature.factors import Factors
-from kfac_prune.models import Layer
+from kfac_prune.models import Layer, owners
 from kfac_prune.obs import FAST, Unstructured, saliency, solve
 from kfac_prune.operators import Curvature, Damping, Kronecker
-from kfac_prune.problems import Problems, owners
+from kfac_prune.problems import Problems
 from kfac_prune.progress import progress
 from kfac_prune.store import Journal
 

@@ -14,6 +14,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from kfac_prune import ranks
 from kfac_prune.errors import InputError
 from kfac_prune.experts import routers
 
@@ -185,3 +186,9 @@ def find_blocks(model: nn.Module, layers: Iterable[Layer]) -> tuple[list[str], l
             if count > best[0]:
                 best = (count, [f"{name}.{i}" for i in range(len(module))], list(module))
     return best[1], best[2]
+
+
+def owners(layers: Sequence[Layer]) -> list[int]:
+    """Which process solves which layer; balanced by the multiplications that factorisations and products take."""
+    sizes = [layer.shape for layer in layers]
+    return ranks.owners([float(r**3 + c**3 + r * c * (r + c)) for r, c in sizes])

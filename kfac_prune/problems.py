@@ -14,7 +14,7 @@ from kfac_prune.baselines import alps, sparsegpt, wanda
 from kfac_prune.curvature.factors import Factors, KnownFactors, Method
 from kfac_prune.curvature.few_tokens import FewTokens
 from kfac_prune.curvature.sequences import STATISTICS, SequenceFisher, SequenceMethod
-from kfac_prune.models import Layer
+from kfac_prune.models import Layer, owners
 from kfac_prune.obs import NM, THOROUGH, AdmmSchedule, Pattern, Unstructured, solve
 from kfac_prune.operators import Curvature, Damping, DampingRecord, Kronecker, quadratic_loss
 from kfac_prune.progress import progress
@@ -229,12 +229,6 @@ def solved(
     mine = [number for number, process in enumerate(owner) if process == ranks.index()]
     made = {number: solve(number) for number in progress(mine, desc=label, unit="layer", disable=quiet)}
     return [agreed(made.get(number), layer, owner[number]) for number, layer in enumerate(layers)]
-
-
-def owners(layers: Sequence[Layer]) -> list[int]:
-    """Which process solves which layer; balanced by the multiplications that factorisations and products take."""
-    sizes = [layer.shape for layer in layers]
-    return ranks.owners([float(r**3 + c**3 + r * c * (r + c)) for r, c in sizes])
 
 
 def agreed(made: PlannedLayer | None, layer: Layer, source: int = 0) -> PlannedLayer:

@@ -28,12 +28,12 @@ from kfac_prune.curvature.estimate import estimate_factors, frozen
 from kfac_prune.curvature.factors import KnownFactors, LayerFactors
 from kfac_prune.data import Windows
 from kfac_prune.fisher import FisherType
-from kfac_prune.models import Layer, only_trained
+from kfac_prune.models import Layer, only_trained, owners
 from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.obs import Pattern, Unstructured, newton_point, solve
 from kfac_prune.operators import Damping, Kronecker
 from kfac_prune.plan import Plan
-from kfac_prune.problems import PlannedLayer, owners, solved
+from kfac_prune.problems import PlannedLayer, solved
 from kfac_prune.progress import progress
 from kfac_prune.quality import evaluate
 

@@ -233,6 +233,25 @@ def test_groups_change_nothing(method, near, monkeypatch):
     assert len(groups) > 3
 
 
+def test_a_process_passes_for_its_own_layers_alone(near, monkeypatch):
+    model, layers, windows, factors, _ = setting()
+    alone = SequenceFisher("woodfisher", model, layers, factors, windows)
+    expected = [alone.operator(layer, DAMPING)[0].diagonal() for layer in layers]
+    groups, original = [], under_test.sequence_gradients
+
+    def noted(model, group, *rest, **options):
+        groups.append([layer.name for layer in group])
+        return original(model, group, *rest, **options)
+
+    monkeypatch.setattr(under_test, "sequence_gradients", noted)
+    monkeypatch.setattr(under_test, "owners", lambda layers: [i % 2 for i in range(len(layers))])
+    shared = SequenceFisher("woodfisher", model, layers, factors, windows)
+    for layer, diagonal in list(zip(layers, expected, strict=True))[::2]:
+        near(shared.operator(layer, DAMPING)[0].diagonal(), diagonal, 1e-6)
+    assert groups == [[layer.name for layer in layers[::2]]]
+    near(shared.operator(layers[1], DAMPING)[0].diagonal(), expected[1], 1e-6)  # any layer may be asked for
+
+
 @pytest.mark.parametrize("method", STATISTICS)
 def test_a_layer_beyond_the_budget_is_named(method, monkeypatch):
     model, layers, windows, factors, _ = setting()

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kfac_prune import ranks
 from kfac_prune.curvature.estimate import draw_all, draws_per_window, frozen
 from kfac_prune.curvature.factors import Factors, LayerFactors
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.fisher import FisherType
-from kfac_prune.models import Layer, only_trained
+from kfac_prune.models import Layer, only_trained, owners
 from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.operators import BlockDiagonal, Curvature, Damping, DampingRecord, EigenKronecker, LowRank
 from kfac_prune.operators.damping import MAX_RELATIVE
@@ -278,11 +279,13 @@ class SequenceFisher:
         return operator, [record]
 
     def _group(self, first: str) -> list[Layer]:
-        """Layers from one on, as many as the budget holds."""
+        """Layers from one on, as many as the budget holds, without those that other processes solve."""
         begin = [layer.name for layer in self.layers].index(first)
         group: list[Layer] = []
         total = 0
-        for layer in self.layers[begin:]:
+        for layer, process in list(zip(self.layers, owners(self.layers), strict=True))[begin:]:
+            if process != ranks.index() and layer.name != first:
+                continue
             total += _bytes(self.method, layer, self.windows, self.objective)
             if group and total > BUDGET:
                 break
