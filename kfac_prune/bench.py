@@ -23,6 +23,7 @@ from kfac_prune.curves import loss_curves
 from kfac_prune.data import Windows
 from kfac_prune.fisher import FisherType
 from kfac_prune.models import Layer, WeightSwap, prunable_layers
+from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.obs import NM
 from kfac_prune.operators import Damping
 from kfac_prune.permute import permute_model
@@ -39,7 +40,7 @@ SHARED_STAGES = ("curvature", "curves")
 
 
 class Bench:
-    """A dense causal language model, its data, and what pruning it many times needs of both.
+    """A dense model, its data, and what pruning it many times needs of both.
 
     The dense model stays as it is: what is pruned is a copy.
 
@@ -49,6 +50,7 @@ class Bench:
         test: windows to measure on.
         layers: of the model, to prune; None = all.
         damping: of the factors; None is ``Damping()``.
+        objective: what the model computes.
         fisher: see ``estimate_factors``.
         seed: of the sampled labels, of permutations and reconstruction.
         batch_size: windows per pass.
@@ -67,6 +69,7 @@ class Bench:
         *,
         layers: Sequence[Layer] | None = None,
         damping: Damping | None = None,
+        objective: Objective = CAUSAL,
         fisher: FisherType = "sampled",
         seed: int = 0,
         batch_size: int = 4,
@@ -75,7 +78,7 @@ class Bench:
     ) -> None:
         self.model, self.calibration, self.test = model, calibration, test
         self.layers = prunable_layers(model) if layers is None else list(layers)
-        self.damping, self.fisher, self.seed = damping or Damping(), fisher, seed
+        self.damping, self.objective, self.fisher, self.seed = damping or Damping(), objective, fisher, seed
         self.batch_size, self.probed, self.quiet = batch_size, probed, quiet
         self.seconds: dict[str, float] = {}
 
@@ -90,6 +93,7 @@ class Bench:
             model,
             layers,
             self.calibration,
+            objective=self.objective,
             fisher=self.fisher,
             seed=self.seed,
             batch_size=self.batch_size,
@@ -102,9 +106,8 @@ class Bench:
         """What a method needs besides the factors."""
         if method not in STATISTICS:
             return None
-        return SequenceFisher(
-            method, model, layers, factors, self.calibration, fisher=self.fisher, seed=self.seed, quiet=self.quiet
-        )
+        options: Any = {"objective": self.objective, "fisher": self.fisher, "seed": self.seed, "quiet": self.quiet}
+        return SequenceFisher(method, model, layers, factors, self.calibration, **options)
 
     @cached_property
     def curves(self) -> dict[str, LossCurve]:
@@ -117,7 +120,11 @@ class Bench:
     @cached_property
     def dense(self) -> Quality:
         """Of the dense model."""
-        return evaluate(self.model, self.test, batch_size=self.batch_size, quiet=self.quiet, label="dense")
+        return self._evaluate(self.model, label="dense")
+
+    def _evaluate(self, model: PreTrainedModel, **options: Any) -> Quality:
+        common: Any = {"objective": self.objective, "batch_size": self.batch_size, "quiet": self.quiet}
+        return evaluate(model, self.test, **common, **options)
 
     @cached_property
     def _dense_streams(self) -> tuple[BlockStack, list[Tensor]]:
@@ -133,15 +140,13 @@ class Bench:
         """Of a pruned copy, beside the dense model."""
         stack, streams = self._dense_streams
         with begun_at(stack, len(stack.names) - 1, streams):
-            return evaluate(
-                model, self.test, dense=self.model, batch_size=self.batch_size, quiet=self.quiet, label="pruned"
-            )
+            return self._evaluate(model, dense=self.model, label="pruned")
 
     def probe(self, model: PreTrainedModel) -> Probe:
         """A probe of a copy that is still dense."""
         if self.probed is None:
-            return Probe.on(model, self.calibration, self.batch_size)
-        return Probe(model, self.calibration.split(self.probed)[1], self.batch_size)
+            return Probe.on(model, self.calibration, self.batch_size, self.objective)
+        return Probe(model, self.calibration.split(self.probed)[1], self.batch_size, self.objective)
 
     def prune(
         self,
@@ -170,7 +175,8 @@ class Bench:
             factors = replace(factors, layers=copy.copy(factors.layers), streams=dict(factors.streams))
             with timed(seconds, "permute"):
                 permute_model(
-                    model, layers, factors, pattern, self.calibration, damping=self.damping, seed=self.seed
+                    model, layers, factors, pattern, self.calibration, damping=self.damping, seed=self.seed,
+                    objective=self.objective,
                 )  # fmt: skip
         curves = self.curves if allocation == "curves" and pattern is None else None
         with timed(seconds, "plan"):

@@ -10,10 +10,7 @@ level "ffn 20%" makes the model smaller by a fifth of its block weights, all of 
 """
 
 import argparse
-import copy
 import re
-from dataclasses import replace
-from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,22 +21,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from kfac_prune.allocate import LossCurve
-from kfac_prune.bench import SHARED_STAGES, timed
+from kfac_prune.bench import Bench, timed
 from kfac_prune.block_training import Reconstruction
 from kfac_prune.config import RECONSTRUCT, parse_pattern
-from kfac_prune.curvature.estimate import estimate_factors, participants
-from kfac_prune.curvature.factors import Factors
-from kfac_prune.curves import loss_curves
+from kfac_prune.curvature.estimate import participants
 from kfac_prune.data import Document, choose_texts, sequence_windows
 from kfac_prune.loading import load_config, load_model, load_tokenizer
 from kfac_prune.models import prunable_layers
 from kfac_prune.objective import find_objective
 from kfac_prune.obs import NM
-from kfac_prune.permute import permute_model
-from kfac_prune.plan import make_plan, prune
-from kfac_prune.probe import Probe
-from kfac_prune.reconstruction import reconstruct_sparse
 from kfac_prune.structure.prune import Settings, prune_structured, weights_target
 from kfac_prune.structure.repair import reconstruct_smaller
 
@@ -96,43 +86,28 @@ class Benchmark:
     """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.seconds: dict[str, float] = {}
         self.arguments = arguments
         self.name = Path(arguments.model).name
         self.objective = find_objective("embedding", arguments.model, load_config(arguments.model))
-        self.model = load_model(arguments.model, dtype="float32")
+        model = load_model(arguments.model, dtype="float32")
         tokenizer, text = load_tokenizer(arguments.model), arguments.reference / "text"
-        calibration, test = choose_texts(
+        texts, tests = choose_texts(
             sentences(text / "wikitext2_train.txt"),
             sentences(text / "wikitext2_test.txt", text / "wikitext2_valid.txt"),
             (SAMPLES, TEST_SENTENCES), seed=0, share=0.0,
         )  # fmt: skip
-        self.calibration = sequence_windows(tokenizer, calibration, SEQLEN)
-        self.test = sequence_windows(tokenizer, sorted(test, key=len), SEQLEN)  # alike in length: little padding
-        self.layers = participants(self.model, prunable_layers(self.model), self.calibration, self.objective)
+        calibration = sequence_windows(tokenizer, texts, SEQLEN)
+        test = sequence_windows(tokenizer, sorted(tests, key=len), SEQLEN)  # alike in length: little padding
+        layers = participants(model, prunable_layers(model), calibration, self.objective)
+        self.bench = Bench(model, calibration, test, layers=layers, objective=self.objective, batch_size=BATCH)
         self.reconstruction = Reconstruction(RECONSTRUCT, objective=self.objective)
-        self.dense = self.vectors(self.model)
+        self.dense = self.vectors(model)
 
     @torch.inference_mode()
     def vectors(self, model: PreTrainedModel) -> Tensor:
         """Of the test sentences, [N, d]."""
-        batches = self.test.batches(BATCH)
+        batches = self.bench.test.batches(BATCH)
         return torch.cat([self.objective.output(model, batch.input_ids, batch.attention_mask) for batch in batches])
-
-    @cached_property
-    def factors(self) -> Factors:
-        """Curvature of all layers."""
-        with timed(self.seconds, "curvature"):
-            return estimate_factors(
-                self.model, self.layers, self.calibration, objective=self.objective, batch_size=BATCH
-            )
-
-    @cached_property
-    def curves(self) -> dict[str, LossCurve]:
-        """Loss curves of all layers."""
-        factors = self.factors
-        with timed(self.seconds, "curves"):
-            return loss_curves(self.layers, factors)
 
     def run(self, method: str, level: str) -> None:
         """The cells of one method at one level: one shot, then reconstructed from there."""
@@ -140,67 +115,53 @@ class Benchmark:
         done = {(r["model"], r["method"], r["level"]) for r in rows}
         wanted = [r for r in self.arguments.repairs if (self.name, cell_name(method, r), level) not in done]
         if wanted and not (level == STRUCTURED and method == "wanda"):  # it has no saliency of units
-            self.seconds = {name: self.seconds[name] for name in SHARED_STAGES if name in self.seconds}
             (self.shrink if level == STRUCTURED else self.mask)(method, level, wanted)
 
     def mask(self, method: str, level: str, wanted: list[str]) -> None:
         """Zeros, in place."""
         groups = None if level.endswith("%") else parse_pattern(level)
-        pattern = NM(*groups) if groups else None
-        curves = self.curves if METHODS[method] == "curves" and groups is None else None
-        factors = self.factors
-        model = copy.deepcopy(self.model)
-        names = {layer.name for layer in self.layers}
-        layers = [layer for layer in prunable_layers(model) if layer.name in names]
-        if pattern is not None and method == "kfac":  # the command line's default
-            factors = replace(factors, layers=dict(factors.layers), streams=dict(factors.streams))
-            with timed(self.seconds, "permute"):
-                permute_model(model, layers, factors, pattern, self.calibration, objective=self.objective)
-        with timed(self.seconds, "plan"):
-            plan = make_plan(
-                layers,
-                factors,
-                sparsity=None if groups else float(level[:-1]) / 100,
-                pattern=pattern,
-                method=method,  # type: ignore[arg-type]
-                allocation=METHODS[method],
-                curves=curves,
-                probe=Probe.on(model, self.calibration, BATCH, self.objective) if method == "kfac" else None,
-            )
-        swap = prune(layers, plan)
+        copy = self.bench.prune(
+            method,  # type: ignore[arg-type]
+            allocation=METHODS[method],
+            sparsity=None if groups else float(level[:-1]) / 100,
+            pattern=NM(*groups) if groups else None,
+            permute=groups is not None and method == "kfac",  # the command line's default
+        )
+        plan = copy.plan
         figures = {"allocation": plan.allocation, "sparsity": plan.sparsity, "kl_predicted": plan.predicted}
         for repair in wanted:
-            self.seconds.pop("repair", None)
+            copy.restart()
             if repair == "reconstruction":
-                with timed(self.seconds, "repair"):
-                    reconstruct_sparse(model, plan, factors, self.calibration, swap.swapped_in, self.reconstruction)
-            self.write(cell_name(method, repair), level, model, figures)
+                copy.reconstruct(self.reconstruction)
+            self.write(cell_name(method, repair), level, copy.model, figures, copy.seconds)
 
     def shrink(self, method: str, level: str, wanted: list[str]) -> None:
         """A smaller model; no refit, since these blocks normalise what they add to the residual stream."""
-        target = weights_target(self.model, self.layers, 0.2)
+        target = weights_target(self.bench.model, self.bench.layers, 0.2)
         settings = Settings(method=method, refit=False, objective=self.objective, batch_size=BATCH)  # type: ignore[arg-type]
-        factors = self.factors
-        with timed(self.seconds, "plan"):
+        bench, seconds = self.bench, dict[str, float]()
+        with timed(seconds, "plan"):
             best, _ = prune_structured(
-                self.model, self.layers, self.calibration, target, kinds=("ffn",), settings=settings
+                bench.model, bench.layers, bench.calibration, target, kinds=("ffn",), settings=settings
             )
         figures = {
             "widths": best.widths,
             "shots": best.shots,
-            "sparsity": target.saved(best.model) / sum(layer.weight.numel() for layer in self.layers),
+            "sparsity": target.saved(best.model) / sum(layer.weight.numel() for layer in bench.layers),
             "kl_predicted": best.predicted,
         }
         for repair in wanted:
-            self.seconds.pop("repair", None)
             if repair == "reconstruction":
-                with timed(self.seconds, "repair"):
+                factors = bench.factors
+                with timed(seconds, "repair"):
                     reconstruct_smaller(
-                        self.model, best.model, self.layers, factors, self.calibration, self.reconstruction
+                        bench.model, best.model, bench.layers, factors, bench.calibration, self.reconstruction
                     )
-            self.write(cell_name(method, repair), level, best.model, figures)
+            self.write(cell_name(method, repair), level, best.model, figures, seconds)
 
-    def write(self, method: str, level: str, model: PreTrainedModel, figures: dict[str, Any]) -> None:
+    def write(
+        self, method: str, level: str, model: PreTrainedModel, figures: dict[str, Any], seconds: dict[str, float]
+    ) -> None:
         """Measure a model and add a cell to the file, or replace it there."""
         pruned = self.vectors(model)
         row = {
@@ -211,8 +172,8 @@ class Benchmark:
             "kl": float(self.objective.divergence(self.dense, pruned).double().mean()),
             **self.objective.likeness(self.dense, pruned),
             "samples": SAMPLES,
-            "test_sentences": len(self.test),
-            **circumstances(self.model, self.seconds),
+            "test_sentences": len(self.bench.test),
+            **circumstances(self.bench.model, seconds),
         }
         put_row(self.arguments.out, row)
         print(
