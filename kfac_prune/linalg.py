@@ -30,17 +30,36 @@ def approximate_products() -> Iterator[None]:
     that has bfloat16 in its vector units alone (AVX512-BF16), the result is rounded to bfloat16 once more. Everywhere
     else, and for other dtypes, nothing changes. For iterations that correct themselves; never for a factorisation.
     """
+    with _multiplying("tf32", "bf16", rounds=bfloat16_units() == "vector"):
+        yield
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Within the block float32 matrices are multiplied as IEEE wants, whatever the process has set (a decorator too).
+
+    For covariances, and for whatever is told or checks what came of ``approximate_products``.
+    """
+    with _multiplying("ieee", "ieee", rounds=False):
+        yield
+
+
+@contextmanager
+def _multiplying(gpu: str, cpu: str, *, rounds: bool) -> Iterator[None]:
+    """Torch's switches for products of float32 and our own, until the end of the block."""
     global _rounding
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before, rounding = [backend.fp32_precision for backend in backends], _rounding
+    switches = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, rounding = [switch.fp32_precision for switch in switches], _rounding
     try:
-        for backend, precision in zip(backends, ("tf32", "bf16"), strict=True):
-            backend.fp32_precision = precision
-        _rounding = bfloat16_units() == "vector"
+        for switch, precision in zip(switches, (gpu, cpu), strict=True):
+            switch.fp32_precision = precision
+        _rounding = rounds
         yield
     finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = "none"  # as the switches above it, which a switch that is read resolves to
+            if switch.fp32_precision != precision:
+                switch.fp32_precision = precision
         _rounding = rounding
 
 

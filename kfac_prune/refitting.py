@@ -23,7 +23,7 @@ from kfac_prune.curvature.capture import add_gram
 from kfac_prune.curvature.factors import Factors
 from kfac_prune.data import Windows
 from kfac_prune.experts import ExpertLinear
-from kfac_prune.linalg import inverse_from_cholesky, shifted
+from kfac_prune.linalg import exact_products, inverse_from_cholesky, shifted
 from kfac_prune.models import Layer
 from kfac_prune.obs import Pattern, Unstructured, compensate, select
 from kfac_prune.operators import Damping, Kronecker
@@ -80,6 +80,7 @@ class Moments:
         hh, th, tt, h, t = (torch.zeros(size, device=device) for size in ((i, i), (o, i), (o, o), (i,), (o,)))
         return cls(hh, th, tt, h, t)
 
+    @exact_products()
     def add(self, h: Tensor, t: Tensor) -> None:
         """Add rows h [tokens, in] and t [tokens, out]."""
         add_gram(self.hh, h)
@@ -291,6 +292,7 @@ def _solve(
     if bias is not None:
         bias = ((moments.t - weight.float() @ moments.h) / moments.tokens).to(bias)
 
+    @exact_products()
     def error(x: Tensor) -> float:
         return 0.5 * float((g * (tt - 2 * x @ th.T + x @ hh @ x.T)).sum())
 

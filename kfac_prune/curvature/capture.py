@@ -14,16 +14,18 @@ from torch.utils.hooks import RemovableHandle
 from kfac_prune import ranks
 from kfac_prune.errors import InputError
 from kfac_prune.experts import tokens_of
+from kfac_prune.linalg import exact_products
 from kfac_prune.models import Layer
 from kfac_prune.offload import running_again
 
 
+@exact_products()
 def add_gram(total: Tensor, rows: Tensor) -> None:
     """Add Σ r rᵀ over rows [tokens, n] of any dtype to a total [n, n] in float32.
 
-    Products of bfloat16 numbers are exact in float32, so on a GPU the matrix units multiply them as they are.
+    Products of 16-bit numbers are exact in float32, so on a GPU the matrix units multiply them as they are.
     """
-    if rows.is_cuda and rows.dtype == torch.bfloat16:
+    if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
         total += torch.mm(rows.T, rows, out_dtype=torch.float32)
     else:
         rows = rows.float()

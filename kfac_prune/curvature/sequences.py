@@ -26,6 +26,7 @@ from kfac_prune.curvature.factors import Factors, LayerFactors
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.fisher import FisherType
+from kfac_prune.linalg import exact_products
 from kfac_prune.models import Layer, only_trained, owners
 from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.operators import BlockDiagonal, Curvature, Damping, DampingRecord, EigenKronecker, LowRank
@@ -98,6 +99,7 @@ class Blocks(Statistic):
         if len(self._waiting) == AT_A_TIME:
             self._flush()
 
+    @exact_products()
     def _flush(self) -> None:
         if self._waiting:
             pad = -self._shape[1] % self._size

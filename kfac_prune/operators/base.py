@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kfac_prune.linalg import exact_products
+
 
 class Curvature(ABC):
     """A symmetric positive definite operator H on the weight matrix of one layer.
@@ -78,6 +80,7 @@ def equilibrating(diagonal: Tensor, inverse_diagonal: Tensor) -> Tensor:
     return scale * (diagonal / scale**2).mean().sqrt()
 
 
+@exact_products()
 def quadratic_loss(curvature: Curvature, change: Tensor) -> float:
     """``½⟨D, H D⟩`` for D: [out, in]: the predicted increase of the loss (nats per token for the Fisher)."""
     return 0.5 * float((change * curvature.apply(change)).sum())
