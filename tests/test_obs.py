@@ -23,6 +23,7 @@ from oracles import (
     tolerance,
 )
 
+from kfac_prune import linalg
 from kfac_prune.curvature.factors import LayerFactors
 from kfac_prune.obs import FAST, NM, THOROUGH, AdmmSchedule, Unstructured, compensate, saliency, select, solve
 from kfac_prune.obs.select import one_shot
@@ -292,7 +293,9 @@ class TestCompensate:
         assert all(torch.equal(x, y) for x, y in zip((w, mask, start), before, strict=True))
 
 
-def test_wrong_products_are_put_right(monkeypatch):
+@pytest.mark.parametrize("factor", [0.8, 1e-3, -1.0, math.nan], ids=str)
+@pytest.mark.parametrize("loop", ["_watched", "_queued"])
+def test_wrong_products_are_put_right(loop, factor, monkeypatch):
     """Where approximate products mislead, exact iterations follow, and the loss is the true one."""
     module, wrong = sys.modules["kfac_prune.obs.compensate"], []
 
@@ -303,13 +306,36 @@ def test_wrong_products_are_put_right(monkeypatch):
         wrong.pop()
 
     apply = Kronecker.apply
+    monkeypatch.setattr(module, "_watched", getattr(module, loop))
     monkeypatch.setattr(module, "approximate_products", approximate)
-    monkeypatch.setattr(Kronecker, "apply", lambda self, x: apply(self, x) * (0.8 if wrong else 1.0))
+    monkeypatch.setattr(Kronecker, "apply", lambda self, x: apply(self, x) * (factor if wrong else 1.0))
     h, w = ill_conditioned((12, 20), 0, condition=30)
     mask = random_mask((12, 20), 1)
     found, exact = compensate(w, h, mask), converged(w, h, mask)
     assert found.loss == pytest.approx(quadratic_loss(h, found.weight - w), rel=1e-9)
     assert exact.loss <= found.loss <= exact.loss * 1.01
+
+
+@pytest.mark.parametrize(("seed", "damping"), [(1, 1e-3), (1, 1e-2), (2, 1e-3)])
+def test_products_of_bfloat16_never_end_above_the_start(seed, damping, monkeypatch):
+    """Fewer tokens than inputs and hardly any damping: rounding makes H indefinite, and conjugate gradients diverge."""
+    monkeypatch.setattr(linalg, "bfloat16_units", lambda: "vector")
+    monkeypatch.setattr(linalg, "WORTH_ROUNDING", 0)
+    factors = []
+    for size, part in ((256, seed), (192, seed + 50)):
+        generator = torch.Generator().manual_seed(part)
+        basis = torch.linalg.qr(torch.randn(size, size, generator=generator)).Q
+        rows = torch.randn(64, size, generator=generator) * torch.logspace(0, -1, size) @ basis
+        factors.append(Damping(damping)(rows.T @ rows / 64, name="A", where="x")[0])
+    h, w = Kronecker(*factors), normal(192, 256, seed=0, dtype=torch.float32) / 16
+    selection = select(w, h, Unstructured(0.5))
+    exact = compensate(w, h, selection.mask, selection.start, tolerance=2.9e-4)
+    for most in (7, 20, 100):
+        found = compensate(w, h, selection.mask, selection.start, max_iterations=most)
+        assert found.iterations <= most
+        assert found.loss == pytest.approx(quadratic_loss(h, found.weight - w), rel=1e-3)
+        assert found.loss <= quadratic_loss(h, selection.start - w)
+    assert found.loss <= 1.02 * exact.loss
 
 
 class TestSelect:

@@ -8,7 +8,16 @@ from oracles import DTYPE_IDS, DTYPES, assert_close, dense_matrix, eye, normal, 
 
 from kfac_prune import linalg
 from kfac_prune.costs.work import Product, counted
-from kfac_prune.linalg import approximate_products, inverse_from_cholesky, kth_largest, product, shifted
+from kfac_prune.curvature.capture import add_gram
+from kfac_prune.linalg import (
+    approximate_products,
+    exact_products,
+    inverse_from_cholesky,
+    kth_largest,
+    product,
+    shifted,
+)
+from kfac_prune.obs import compensate
 from kfac_prune.operators import (
     BlockDiagonal,
     Curvature,
@@ -468,3 +477,77 @@ def test_product_rounds_large_factors_of_float32_alone_and_only_within_the_block
         assert [kind.precision for kind in work.counts if isinstance(kind, Product)] == ["approximate"]
         raise ZeroDivisionError
     assert torch.equal(product(a, b), exact)
+
+
+def units_of(precision):
+    """What torch multiplies float32 with on a GPU and on a CPU, after its own switch is set."""
+    torch.set_float32_matmul_precision(precision)
+    return [switch.fp32_precision for switch in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)]
+
+
+@pytest.fixture
+def precision():
+    yield
+    torch.backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("products", [approximate_products, exact_products])
+def test_an_inherited_precision_stays_inherited(products, precision):
+    switches = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    for switch in switches:
+        switch.fp32_precision = "none"
+    torch.backends.fp32_precision = "tf32"
+    with products():
+        assert {switch.fp32_precision for switch in switches} != {"none"}
+    assert [switch.fp32_precision for switch in switches] == ["tf32"] * 2
+    torch.backends.fp32_precision = "ieee"
+    assert [switch.fp32_precision for switch in switches] == ["ieee"] * 2
+
+
+@pytest.mark.parametrize("products", [approximate_products, exact_products])
+@pytest.mark.parametrize("name", ["highest", "high", "medium"])
+def test_a_precision_that_was_set_comes_back(name, products, precision):
+    before = units_of(name)
+    with products():
+        pass
+    assert [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision] == before
+    assert torch.get_float32_matmul_precision() == name
+
+
+def test_exact_products_are_so_within_approximate_ones(monkeypatch):
+    monkeypatch.setattr(linalg, "bfloat16_units", lambda: "vector")
+    monkeypatch.setattr(linalg, "WORTH_ROUNDING", 0)
+    a, b = normal(64, 48, seed=0, dtype=torch.float32), normal(48, 32, seed=1, dtype=torch.float32)
+    exact = a @ b
+    with approximate_products():
+        with exact_products():
+            assert torch.equal(product(a, b), exact)
+        assert not torch.equal(product(a, b), exact)
+
+
+@pytest.mark.parametrize("name", ["highest", "high", "medium"])
+def test_sums_and_told_losses_are_exact_whatever_the_process_has_set(name, precision, monkeypatch):
+    """Told by the switches, too, which a CPU without such units does not follow."""
+    seen, before = [], units_of(name)
+
+    def watched(function):
+        def call(*arguments):
+            switches = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+            seen.append([switch.fp32_precision for switch in switches])
+            return function(*arguments)
+
+        return call
+
+    w, change = normal(300, 64, seed=0, dtype=torch.float32) + 3, normal(64, 64, seed=1, dtype=torch.float32)
+    total = torch.zeros(64, 64)
+    add_gram(total, w)
+    assert_close(total, w.double().T @ w.double(), size=300)
+    h = Kronecker(total, total)
+    monkeypatch.setattr(Kronecker, "apply", watched(Kronecker.apply))
+    loss = quadratic_loss(h, change)
+    assert loss == pytest.approx(quadratic_loss(Kronecker(h.a.double(), h.g.double()), change.double()), rel=1e-5)
+    compensate(change, h, change > 0, tolerance=1e-12, max_iterations=3)
+    assert len(seen) == 2 + 1 + 3
+    assert all(switch == ["ieee"] * 2 for switch in seen)
+    assert [switch.fp32_precision for switch in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)] == before

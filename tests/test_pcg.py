@@ -259,14 +259,14 @@ def test_looking_now_and_then_changes_nothing(max_iterations, tolerance, dtype, 
     every = compensate(w, h, mask, tolerance=tolerance, max_iterations=max_iterations)
     monkeypatch.setattr(MODULE, "_watched", MODULE._queued)
     for look_every in (1, 5, 7):
-        monkeypatch.setattr(MODULE, "LOOK_EVERY", look_every)
+        monkeypatch.setattr(MODULE, "LOOK_EVERY", ((0, look_every),))
         found = compensate(w, h, mask, tolerance=tolerance, max_iterations=max_iterations)
         assert torch.equal(found.weight, every.weight)
         assert (found.loss, found.kkt, found.iterations) == (every.loss, every.kkt, every.iterations)
 
 
-@pytest.mark.parametrize("look_every", [1, 5])
-def test_the_host_looks_only_now_and_then(look_every, monkeypatch):
+@pytest.mark.parametrize(("look_every", "often"), [(((0, 1),), 1), (((221, 1), (0, 5)), 1), (((222, 1), (0, 5)), 5)])
+def test_the_host_looks_only_now_and_then(look_every, often, monkeypatch):
     """What is queued beyond the stop is less than one interval, and so the loop did not look in between.
 
     Two products more are those at the start and at the end.
@@ -277,4 +277,18 @@ def test_the_host_looks_only_now_and_then(look_every, monkeypatch):
     monkeypatch.setattr(MODULE, "_watched", MODULE._queued)
     monkeypatch.setattr(MODULE, "LOOK_EVERY", look_every)
     iterations = compensate(w, h, mask, tolerance=1e-2).iterations
-    assert len(applied) - 2 == -(-iterations // look_every) * look_every
+    assert len(applied) - 2 == -(-iterations // often) * often
+
+
+@pytest.mark.parametrize("loop", ["_watched", "_queued"])
+@pytest.mark.parametrize("max_iterations", [5, 12, 400])
+def test_residuals_that_were_right_are_replaced_without_a_trace(max_iterations, loop, monkeypatch):
+    """Rounds of approximate iterations make one sequence: the direction and the window of the stop go on."""
+    w, h, mask = problem(condition=20.0)
+    monkeypatch.setattr(MODULE, "_watched", getattr(MODULE, loop))
+    monkeypatch.setattr(MODULE, "ROUND", 400)
+    once = compensate(w, h, mask, max_iterations=max_iterations)
+    monkeypatch.setattr(MODULE, "ROUND", 4)
+    found = compensate(w, h, mask, max_iterations=max_iterations)
+    assert found.iterations == once.iterations == min(max_iterations, 18)
+    assert_close(found.weight, once.weight, condition=400.0)
