@@ -145,11 +145,13 @@ def direction_kernel(
             tl.store(row + RUNNING, goes_on.to(tl.float64))
     else:
         if program == 0:
+            zero = tl.zeros([], tl.float64)
+            zero = tl.zeros([], tl.float64)
             tl.store(row + RZ, previous)
             tl.store(row + LOSS, loss)
-            tl.store(row + DECREASE, loss * 0)
+            tl.store(row + DECREASE, zero)
             tl.store(row + ITERATIONS, taken)
-            tl.store(row + RUNNING, loss * 0)
+            tl.store(row + RUNNING, zero)
 
 
 def pcg_step(
