@@ -42,13 +42,11 @@ def block_sweep_kernel(
     error_ptr,
     kept_ptr,
     bits_ptr,
-    threshold_ptr,
     n_rows,
     width,
     w_row_stride,
     u_row_stride,
     bits_row_stride,
-    FORM: tl.constexpr,
     N: tl.constexpr,
     SPAN: tl.constexpr,
     LANES: tl.constexpr,
@@ -58,8 +56,8 @@ def block_sweep_kernel(
 ):
     """ROWS rows of ``reference.block_sweep``; which of SPAN columns stay is decided at once, as bits of a word.
 
-    inverse [width]: 1 / U_jj. LANES >= SPAN is a power of two. WIDE: the rows of a tile lie further apart than 32 bits
-    count.
+    N = 0: the bits are given. inverse [width]: 1 / U_jj. LANES >= SPAN is a power of two. WIDE: the rows of a tile lie
+    further apart than 32 bits count.
     """
     top = tl.program_id(0).to(tl.int64) * ROWS  # what all rows share stays a number; a row adds 32 bits if they suffice
     row = tl.arange(0, ROWS)[:, None]
@@ -70,31 +68,23 @@ def block_sweep_kernel(
     tile = tl.load(rows_ptr + cols, mask=real & (cols < width), other=0.0)
     stride = tl.zeros([], tl.int64) + u_row_stride
     height = tl.zeros([], tl.int64) + n_rows
-    if FORM == "threshold":
-        threshold = tl.load(threshold_ptr)
     for start in range(0, width, SPAN):
         begin = tl.zeros([], tl.int32) + start  # a number to the compiler, a tensor to the interpreter
         column = begin + lane
-        if FORM == "bits":
+        if N == 0:
             word = tl.load(bits_ptr + (top + row) * bits_row_stride + start // SPAN, mask=real, other=0)
         else:
             inside = (lane < SPAN) & (column < width)
-            if FORM == "threshold":  # on the weights as the block began: memory still holds them
-                w = tl.load(rows_ptr + column, mask=real & inside, other=0.0)
-            else:
-                w = tl.gather(tile, tl.broadcast_to(tl.minimum(column, COLS - 1), (ROWS, LANES)), axis=1)
+            w = tl.gather(tile, tl.broadcast_to(tl.minimum(column, COLS - 1), (ROWS, LANES)), axis=1)
             diagonal = tl.load(u_ptr + column * (stride + 1), mask=inside, other=1.0)
             score = tl.div_rn(w * w, diagonal * diagonal)
-            if FORM == "threshold":
-                word = tl.sum(((score > threshold) & inside).to(tl.int32) << lane, axis=1, keep_dims=True)
-            else:
-                left = tl.where(inside & (score == score), score, -1.0)
-                word = tl.zeros([ROWS, 1], tl.int32)
-                for _ in range(N):  # the largest that is left, at its first position
-                    largest = tl.max(left, axis=1, keep_dims=True)
-                    first = tl.min(tl.where(left == largest, lane, LANES), axis=1, keep_dims=True)
-                    word = word | tl.where(largest >= 0.0, 1 << first, 0)
-                    left = tl.where(lane == first, -1.0, left)
+            left = tl.where(inside & (score == score), score, -1.0)
+            word = tl.zeros([ROWS, 1], tl.int32)
+            for _ in range(N):  # the largest that is left, at its first position
+                largest = tl.max(left, axis=1, keep_dims=True)
+                first = tl.min(tl.where(left == largest, lane, LANES), axis=1, keep_dims=True)
+                word = word | tl.where(largest >= 0.0, 1 << first, 0)
+                left = tl.where(lane == first, -1.0, left)
         for i in range(SPAN):
             j = begin + i
             kept = ((word >> i) & 1) != 0
@@ -118,18 +108,16 @@ def block_sweep(
     kept: Tensor,
     start: int,
     bits: Tensor | None = None,
-    threshold: Tensor | None = None,
     n: int = 0,
     m: int = 0,
 ) -> None:
     """Arguments and effects as ``kfac_prune.reference.block_sweep``, on a GPU."""
-    check_block_sweep(weight, u, error, kept, start, bits, threshold, n, m)
+    check_block_sweep(weight, u, error, kept, start, bits, n, m)
     rows, width = weight.shape[0], error.shape[0]
     if not rows or not width:
         return
     config = next(config for fewest, config in CONFIGS if rows >= fewest)
-    form = "bits" if bits is not None else "threshold" if threshold is not None else "n:m"
-    span = m if form == "n:m" else SPAN
+    span = m if bits is None else SPAN
     with torch.cuda.device_of(weight):
         block_sweep_kernel[(triton.cdiv(rows, config.rows),)](
             weight[:, start:],
@@ -138,13 +126,11 @@ def block_sweep(
             error,
             kept.view(torch.uint8),
             error if bits is None else bits[:, start // SPAN :],
-            error if threshold is None else threshold,
             rows,
             width,
             weight.stride(0),
             u.stride(0),
             0 if bits is None else bits.stride(0),
-            FORM=form,
             N=n,
             SPAN=span,
             LANES=triton.next_power_of_2(span),

@@ -116,27 +116,6 @@ def _(x: Tensor, dual: Tensor, rho: float, k: int) -> Tensor:
     return x.new_empty(())
 
 
-@torch.library.custom_op("kfac_prune::kth_largest_scaled", mutates_args=())
-def kth_largest_scaled(weights: Sequence[Tensor], scales: Sequence[Tensor], k: int) -> Tensor:
-    """The k-th largest of ``w_rc² / s_c``, as ``reference.kth_largest_scaled``; the scores are never stored."""
-    return reference.kth_largest_scaled(weights, scales, k)
-
-
-@kth_largest_scaled.register_kernel("cuda")
-def _(weights: Sequence[Tensor], scales: Sequence[Tensor], k: int) -> Tensor:
-    if not HAS_TRITON:
-        return reference.kth_largest_scaled(weights, scales, k)
-    from kfac_prune_kernels.kth_largest import kth_largest_scaled as kernel
-
-    score: Tensor = kernel(weights, scales, k)
-    return score
-
-
-@kth_largest_scaled.register_fake
-def _(weights: Sequence[Tensor], scales: Sequence[Tensor], k: int) -> Tensor:
-    return weights[0].new_empty(())
-
-
 @torch.library.custom_op("kfac_prune::block_sweep", mutates_args=("weight", "error", "kept"))
 def block_sweep(
     weight: Tensor,
@@ -145,12 +124,11 @@ def block_sweep(
     kept: Tensor,
     start: int,
     bits: Tensor | None = None,
-    threshold: Tensor | None = None,
     n: int = 0,
     m: int = 0,
 ) -> None:
     """Mask and compensate a block of columns, as ``reference.block_sweep``."""
-    reference.block_sweep(weight, u, error, kept, start, bits, threshold, n, m)
+    reference.block_sweep(weight, u, error, kept, start, bits, n, m)
 
 
 @block_sweep.register_kernel("cuda")
@@ -161,15 +139,14 @@ def _(
     kept: Tensor,
     start: int,
     bits: Tensor | None = None,
-    threshold: Tensor | None = None,
     n: int = 0,
     m: int = 0,
 ) -> None:
     if not HAS_TRITON:
-        return reference.block_sweep(weight, u, error, kept, start, bits, threshold, n, m)
+        return reference.block_sweep(weight, u, error, kept, start, bits, n, m)
     from kfac_prune_kernels.block_sweep import block_sweep as kernel
 
-    kernel(weight, u, error, kept, start, bits, threshold, n, m)
+    kernel(weight, u, error, kept, start, bits, n, m)
     return None
 
 
@@ -181,7 +158,6 @@ def _(
     kept: Tensor,
     start: int,
     bits: Tensor | None = None,
-    threshold: Tensor | None = None,
     n: int = 0,
     m: int = 0,
 ) -> None:

@@ -138,24 +138,6 @@ def kth_largest_dual(x: Tensor, dual: Tensor, rho: float, k: int) -> Tensor:
     return kth_largest([_y(x, dual, rho).square()], k)
 
 
-def kth_largest_scaled(weights: Sequence[Tensor], scales: Sequence[Tensor], k: int) -> Tensor:
-    """The k-th largest of ``w_rc² / s_c`` over all weights of all layers.
-
-    Args:
-        weights: of layers [out, in] float32; rows may lie apart (a block of columns), entries of a row may not.
-        scales: s [in] of each layer, float32, contiguous.
-        k: from 1 to the number of weights.
-
-    Returns:
-        A scalar float32 tensor.
-
-    Raises:
-        ValueError: an argument is not as described.
-    """
-    check_scaled(weights, scales, k)
-    return kth_largest([w.square() / s for w, s in zip(weights, scales, strict=True)], k)
-
-
 def block_sweep(
     weight: Tensor,
     u: Tensor,
@@ -163,21 +145,19 @@ def block_sweep(
     kept: Tensor,
     start: int,
     bits: Tensor | None = None,
-    threshold: Tensor | None = None,
     n: int = 0,
     m: int = 0,
 ) -> None:
     """Prune a block of columns one by one, each passing its error on to the rest of the block (SparseGPT, OBC).
 
     Column j loses the weights off its mask, and every column k > j of the block receives ``−(w_j / U_jj) U_jk``; the
-    columns after the block await ``W[:, stop:] −= errorᵀ U[start:stop, stop:]``. The mask is given by exactly one of:
+    columns after the block await ``W[:, stop:] −= errorᵀ U[start:stop, stop:]``. The mask is given by one of:
 
     - bits: chosen beforehand;
-    - threshold: ``w_j² / U_jj² > threshold`` of the weights as the block begins;
     - n, m: the n largest ``w_j² / U_jj²`` of every m columns, of the weights as they have become by then; of equals the
       earlier. A last group may be shorter.
 
-    A NaN is removed by a threshold or n:m and may spread over its row.
+    A NaN is removed by n:m and may spread over its row.
 
     Args:
         weight: W [out, in] float32, updated in place; rows may lie apart.
@@ -186,19 +166,16 @@ def block_sweep(
         kept: [width of the block, out] bool, contiguous, overwritten: the mask transposed.
         start: first column of the block, which is at most 128 wide.
         bits: the mask as ``pack_bits`` packs it; start must then be a multiple of 32.
-        threshold: scalar tensor, float32, never read by the host.
         n: kept of every group.
         m: columns per group, at most 32.
 
     Raises:
         ValueError: an argument is not as described.
     """
-    check_block_sweep(weight, u, error, kept, start, bits, threshold, n, m)
+    check_block_sweep(weight, u, error, kept, start, bits, n, m)
     width = len(error)
     x, u = weight[:, start : start + width], u[start : start + width, start : start + width]
     pivots = u.diagonal().square()
-    if threshold is not None:
-        kept.copy_((x.square() / pivots > threshold).T)
     if bits is not None:
         columns = torch.arange(start, start + width, device=x.device)
         kept.copy_(((bits[:, columns // SPAN] >> (columns % SPAN)) & 1).T)
@@ -225,7 +202,6 @@ def check_block_sweep(
     kept: Tensor,
     start: int,
     bits: Tensor | None,
-    threshold: Tensor | None,
     n: int,
     m: int,
 ) -> None:
@@ -242,14 +218,12 @@ def check_block_sweep(
         raise ValueError(
             f"the block is columns {start} to {start + width}; {name} takes at most {BLOCK_COLUMNS} of the {columns}"
         )
-    if (bits is not None) + (threshold is not None) + (n > 0) != 1:
-        raise ValueError(f"{name} needs exactly one of bits, threshold and n:m")
+    if (bits is None) == (n == 0):
+        raise ValueError(f"{name} needs either bits or n:m")
     if bits is not None:
         check_tensor(name, "bits", bits, (rows, -(-columns // SPAN)), device, dtype=torch.int32)
         if start % SPAN:
             raise ValueError(f"the block starts at column {start}; with bits it must start at a multiple of {SPAN}")
-    if threshold is not None:
-        _check_threshold(name, threshold, weight)
     if n:
         _check_groups(name, n, m)
         if m > SPAN:
@@ -270,18 +244,6 @@ def check_dual(x: Tensor, dual: Tensor, rho: float, k: int) -> None:
     _check_matrices("kth_largest_dual", x=x, dual=dual)
     _check_rho(rho)
     _check_rank("kth_largest_dual", k, x.numel())
-
-
-def check_scaled(weights: Sequence[Tensor], scales: Sequence[Tensor], k: int) -> None:
-    """Raise ValueError unless the arguments are as ``kth_largest_scaled`` describes them."""
-    if not weights or len(weights) != len(scales):
-        raise ValueError(f"kth_largest_scaled needs one scale per layer, not {len(weights)} and {len(scales)}")
-    for i, (weight, scale) in enumerate(zip(weights, scales, strict=True)):
-        if weight.dim() != 2:
-            raise ValueError(f"weights[{i}] has shape {tuple(weight.shape)}; kth_largest_scaled needs [out, in]")
-        check_tensor("kth_largest_scaled", f"weights[{i}]", weight, weight.shape, weights[0].device, rows_apart=True)
-        check_tensor("kth_largest_scaled", f"scales[{i}]", scale, weight.shape[1:], weights[0].device)
-    _check_rank("kth_largest_scaled", k, sum(weight.numel() for weight in weights))
 
 
 def _y(x: Tensor, dual: Tensor, rho: float) -> Tensor:

@@ -35,7 +35,6 @@ def test_tiny_run_writes_every_row(tmp_path):
             "floor",
             "kth_largest",
             "kth_largest_dual",
-            "kth_largest_scaled",
             "block_sweep",
             "admm_tail",
             "admm_tail_nm",

@@ -9,7 +9,7 @@ from kfac_prune import backend
 from kfac_prune.linalg import inverse_upper_cholesky
 from kfac_prune.obs import NM, Pattern, Unstructured
 from kfac_prune.operators import Damping, DampingRecord
-from kfac_prune.reference import SPAN
+from kfac_prune.reference import SPAN, pack_bits
 
 #: The authors' damping, and the columns whose mask is chosen at once and whose error is passed on by one product.
 DAMPING, BLOCK = 0.01, 128
@@ -52,12 +52,12 @@ def has_kernel(pattern: Pattern) -> bool:
 
 
 def sweep_fused(x: Tensor, u: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """The sweep by the kernel for blocks of columns; nothing waits for the host.
+    """The sweep by the kernel for blocks of columns; for n:m nothing waits for the host.
 
     Args:
         x: W [out, in] float32, overwritten.
         u: U [in, in].
-        pattern: one with a kernel. Weights that tie at an unstructured block's threshold are all removed.
+        pattern: one with a kernel.
 
     Returns:
         X [out, in], and the mask transposed, [in, out].
@@ -67,26 +67,18 @@ def sweep_fused(x: Tensor, u: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]
     kept = torch.empty(columns, rows, dtype=torch.bool, device=x.device)
     block = BLOCK // pattern.m * pattern.m if isinstance(pattern, NM) else BLOCK
     pivots = u.diagonal().square()
+    bits = torch.empty(rows, -(-columns // SPAN), dtype=torch.int32, device=x.device)
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         error = torch.empty(stop - start, rows, dtype=x.dtype, device=x.device)
         if isinstance(pattern, NM):
             backend.block_sweep(x, u, error, kept[start:stop], start, n=pattern.n, m=pattern.m)
         else:
-            assert isinstance(pattern, Unstructured)
-            threshold = _threshold(x[:, start:stop], pivots[start:stop], pattern)
-            backend.block_sweep(x, u, error, kept[start:stop], start, threshold=threshold)
+            mask = pattern.project(x[:, start:stop].square() / pivots[start:stop])
+            bits[:, start // SPAN : -(-stop // SPAN)] = pack_bits(mask)
+            backend.block_sweep(x, u, error, kept[start:stop], start, bits)
         x[:, stop:].addmm_(error.T, u[start:stop, stop:], alpha=-1)
     return x, kept
-
-
-def _threshold(x: Tensor, pivots: Tensor, pattern: Unstructured) -> Tensor:
-    """The largest score ``w² / U_jj²`` of a block [out, width] that the pattern removes; -1 where it removes none."""
-    keep = pattern.kept_of(x.numel())
-    if keep == x.numel():
-        return x.new_full((), -1.0)
-    threshold: Tensor = backend.kth_largest_scaled([x], [pivots], keep + 1)
-    return threshold
 
 
 def sweep_by_leaves(x: Tensor, u: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:

@@ -172,7 +172,7 @@ def named(name: str) -> Machine:
         bandwidth=[(1, speed)],
         call=GPU_CALL,
         exponential=2e-13,
-        rank=12 / speed,  # three passes of the histogram
+        rank=16 / speed,  # four passes of the histogram
         channels=GPU_CHANNELS,
         base=GPU_BASE,
     )
