@@ -10,12 +10,16 @@ fails becomes a row with the error, the rest goes on, and the script ends with e
 
 import argparse
 import json
+import math
 import statistics
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +44,22 @@ from kfac_prune.report import versions
 RHO = 0.37
 #: Of the radix histogram over its scores, eight bits each.
 PASSES = 4
+#: Bytes that are written before a measurement, more than any L2 cache holds.
+L2_FLUSH = 1 << 28
 #: Cycles that a GPU waits before a measurement, so that launches are behind it.
 HEAD_START = 1_000_000
+
+
+def gpu_versions() -> dict[str, str | None]:
+    """Of what runs the kernels; None where it is not there or does not say."""
+    found: dict[str, str | None] = {"triton": None, "cuda": torch.version.cuda, "driver": None}
+    if backend.HAS_TRITON:
+        found["triton"] = version("triton")
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with suppress(OSError, subprocess.SubprocessError):
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()
+        found["driver"] = told[0] if told else None
+    return found
 
 
 class Bench:
@@ -51,14 +69,16 @@ class Bench:
         out: file that rows are appended to.
         device: to run on.
         seconds: after which no further measurement starts.
+        commit: of the code.
     """
 
-    def __init__(self, out: Path, device: str, seconds: float) -> None:
+    def __init__(self, out: Path, device: str, seconds: float, commit: str = "") -> None:
         self.out, self.device, self.end = out, device, time.monotonic() + seconds
         self.repeats = 9 if device == "cuda" else 2
         name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
         self.failed: list[str] = []
-        self.about = {"device": name, "commit": commit(), "versions": versions()}
+        self.about = {"device": name, "commit": commit, "versions": versions() | gpu_versions()}
+        self.flush = torch.empty(L2_FLUSH if device == "cuda" else 0, dtype=torch.uint8, device=device)
 
     def attempt(self, what: str, measure: Callable[[], object]) -> None:
         """Nothing once the time is up; a failure becomes a row, and what follows is measured all the same."""
@@ -80,12 +100,13 @@ class Bench:
         print(what, figures, flush=True)
 
     def time(self, run: Callable[[], object], repeats: int | None = None) -> float:
-        """Median milliseconds of a call, by CUDA events, after one call that is not counted."""
+        """Median milliseconds of a call with cold caches, by CUDA events, after one call that is not counted."""
         run()
         times = []
         for _ in range(repeats or self.repeats):
             if self.device == "cuda":
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                self.flush.zero_()
                 torch.cuda._sleep(HEAD_START)
                 begin.record()
                 run()
@@ -98,22 +119,29 @@ class Bench:
                 times.append(1000 * (time.perf_counter() - start))
         return statistics.median(times)
 
+    def synchronised_peak(self) -> int | None:
+        """Bytes at the peak since the last call, once the GPU has done all its work."""
+        if self.device != "cuda":
+            return None
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - self.flush.nbytes
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+
     def stage(self, what: str, run: Callable[[], object], **figures: Any) -> None:
         """Time a stage and note its peak of memory; an attempt."""
 
         def measure() -> None:
-            if self.device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
+            self.synchronised_peak()
             took = self.time(run, 3 if self.device == "cuda" else 1)
-            peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else None
-            self.row(what, ms=took, peak_bytes=peak, **figures)
+            self.row(what, ms=took, peak_bytes=self.synchronised_peak(), **figures)
 
         self.attempt(what, measure)
 
 
 def floors(bench: Bench, n: int) -> float:
     """Measure what the memory and the matrix units give; returns bytes per millisecond of a copy."""
-    source = torch.ones(4 * n, 4 * n, device=bench.device)  # far more than a cache holds
+    source = torch.randn(4 * n, 4 * n, device=bench.device)  # far more than a cache holds
     target = torch.empty_like(source)
     bandwidth = 2 * source.nbytes / bench.time(lambda: target.copy_(source))
     half = source[:n, :n].to(torch.bfloat16)
@@ -126,35 +154,55 @@ def kernels(bench: Bench, n: int, bandwidth: float) -> None:
     """Every kernel but the sweep and the conjugate gradients', against its twin, eager PyTorch and the memory floor.
 
     Thresholds are compared in float64. The others choose masks, so they are compared with the twin, entry by entry; a
-    chosen mask may differ from it where a score is rounded otherwise.
+    chosen mask may differ from it where a score is rounded otherwise. Every row makes its own inputs.
     """
-    x, dual = (torch.randn(n, n, device=bench.device) for _ in range(2))
-    mask, z, k = x > 0, torch.empty_like(x), n * n // 2
-    y64 = x.double() + dual.double() / RHO
-    u, error = torch.eye(n, device=bench.device) + 0.1, torch.empty(min(n, 128), n, device=bench.device)
-    kept = torch.empty_like(error, dtype=torch.bool)
-    choices: dict[str, tuple[tuple[Any, ...], Tensor, int]] = {  # arguments, exact scores, bytes per weight
-        "kth_largest": (([x],), x.double(), 4 * PASSES),
-        "kth_largest_dual": ((x, dual, RHO), y64.square(), 8 * PASSES),
-    }
 
-    def threshold_row(name: str, given: tuple[Any, ...], scores: Tensor, size: int) -> None:
-        exact = scores.reshape(-1).kthvalue(n * n - k + 1).values
-        wrong = float((getattr(backend, name)(*given, k) - exact).abs() / exact.abs())
-        timed(bench, name, (*given, k), size * n * n / bandwidth, n=n, relative_error=wrong)
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=bench.device)
 
-    for name, rest in choices.items():
-        bench.attempt(name, partial(threshold_row, name, *rest))
+    def threshold_row(name: str) -> None:
+        x, dual, k = normal(n, n), normal(n, n), n * n // 2
+        given: tuple[Any, ...] = ([x], k) if name == "kth_largest" else (x, dual, RHO, k)
+        scores = x.double() if name == "kth_largest" else (x.double() + dual.double() / RHO).square()
+        exact = scores.flatten().sort().values[n * n - k]
+        wrong = float((getattr(backend, name)(*given) - exact).abs() / exact.abs())
+        del scores
 
-    def mask_row(name: str, given: tuple[Any, ...], out: Sequence[int], moved: int, **figures: Any) -> None:
-        found = disagreement(name, given, out)
-        timed(bench, name, given, moved / bandwidth, n=n, **figures, **found)
+        def eagerly(kth: Callable[[Tensor, int], Tensor]) -> Tensor:
+            return kth(x.flatten() if name == "kth_largest" else (x + dual / RHO).square().flatten(), k)
 
-    threshold = reference.kth_largest_dual(x, dual, RHO, k)
-    for name, rule in {"admm_tail": (threshold,), "admm_tail_nm": (2, 4)}.items():
-        bench.attempt(name, partial(mask_row, name, (x, dual, mask, z, *rule, RHO), (1, 2, 3), 18 * n * n))
-    sweep = (x, u, error, kept, 0, reference.pack_bits(dual > 0))
-    bench.attempt("block_sweep", partial(mask_row, "block_sweep", sweep, (0, 2, 3), 13 * error.numel(), form="bits"))
+        eager = min(bench.time(partial(eagerly, kth), 2) for kth in (_by_sorting, _by_kthvalue))
+        size = (4 if name == "kth_largest" else 8) * PASSES
+        timed(bench, name, given, size * n * n / bandwidth, eager=eager, n=n, relative_error=wrong)
+
+    for name in ("kth_largest", "kth_largest_dual"):
+        bench.attempt(name, partial(threshold_row, name))
+
+    def tail_row(name: str) -> None:
+        x, dual = normal(n, n), normal(n, n)
+        rule = (reference.kth_largest_dual(x, dual, RHO, n * n // 2),) if name == "admm_tail" else (2, 4)
+        given = (x, dual, x > 0, torch.empty_like(x), *rule, RHO)
+        timed(bench, name, given, 18 * n * n / bandwidth, n=n, **disagreement(name, given, (1, 2, 3)))
+
+    for name in ("admm_tail", "admm_tail_nm"):
+        bench.attempt(name, partial(tail_row, name))
+
+    def sweep_row() -> None:
+        u, error = torch.eye(n, device=bench.device) + 0.1, torch.empty(min(n, 128), n, device=bench.device)
+        kept = torch.empty_like(error, dtype=torch.bool)
+        given = (normal(n, n), u, error, kept, 0, reference.pack_bits(normal(n, n) > 0))
+        found = disagreement("block_sweep", given, (0, 2, 3))
+        timed(bench, "block_sweep", given, 13 * error.numel() / bandwidth, n=n, form="bits", **found)
+
+    bench.attempt("block_sweep", sweep_row)
+
+
+def _by_sorting(scores: Tensor, k: int) -> Tensor:
+    return scores.sort(descending=True).values[k - 1]
+
+
+def _by_kthvalue(scores: Tensor, k: int) -> Tensor:
+    return torch.kthvalue(scores, scores.numel() - k + 1).values
 
 
 def disagreement(name: str, arguments: tuple[Any, ...], out: Sequence[int]) -> dict[str, float]:
@@ -174,11 +222,14 @@ def disagreement(name: str, arguments: tuple[Any, ...], out: Sequence[int]) -> d
     return found if returned is None else found | {"churn_differs": float((returned - wanted).abs())}
 
 
-def timed(bench: Bench, name: str, arguments: tuple[Any, ...], floor: float, **figures: Any) -> None:
-    """A row: milliseconds of an operator, of its twin in eager PyTorch, and at the speed of memory."""
+def timed(
+    bench: Bench, name: str, arguments: tuple[Any, ...], floor: float, *, eager: float | None = None, **figures: Any
+) -> None:
+    """A row: milliseconds of an operator, of eager PyTorch (the twin if not given), and at the speed of memory."""
     took = bench.time(lambda: getattr(backend, name)(*arguments))
-    eager = bench.time(lambda: getattr(reference, name)(*arguments), 2)
-    bench.row(name, ms=took, eager_ms=eager, floor_ms=floor, **figures)
+    if eager is None:
+        eager = bench.time(lambda: getattr(reference, name)(*arguments), 2)
+    bench.row(name, ms=took, eager_ms=eager, floor_ms=floor if math.isfinite(floor) else None, **figures)
 
 
 def pcg_steps(bench: Bench, n: int, bandwidth: float) -> None:
@@ -202,7 +253,7 @@ def pcg_steps(bench: Bench, n: int, bandwidth: float) -> None:
     same = all(torch.equal(a, b) for a, b in zip((*again, log), (*found, found_log), strict=True))
     took = bench.time(lambda: backend.pcg_step(*state, curved, inverse, log, 1, 0.0))
     eager = bench.time(lambda: eager_pcg_step(*again, curved, inverse, log[0, 0].float()), 2)
-    floor = 48 * n * n / bandwidth
+    floor = 48 * n * n / bandwidth if math.isfinite(bandwidth) else None
     figures = {"relative_error": error, "repeatable": same, "went_on": bool(log[1, -1])}
     bench.row("pcg_step", n=n, ms=took, eager_ms=eager, floor_ms=floor, **figures)
 
@@ -231,28 +282,35 @@ def sweeps(bench: Bench, n: int, u: Tensor) -> None:
             "relative_error": float((found - exact).norm() / exact.norm()),
             "eager_ms": bench.time(lambda p=pattern: sweep_by_leaves(w.clone(), u, p), 1),
         }
-        bench.stage("sweep", lambda p=pattern: sweep_fused(w.clone(), u, p), n=n, pattern=str(pattern), **figures)
+        what = "sweep, mostly launches"
+        bench.stage(what, lambda p=pattern: sweep_fused(w.clone(), u, p), n=n, pattern=str(pattern), **figures)
 
 
 def stages(bench: Bench, shapes: list[tuple[int, int]], tokens: int) -> None:
     """Covariance, factorisation, selection, compensation and sweep on layers of the given shapes."""
     for out, width in shapes:
-        rows = torch.randn(tokens, width, device=bench.device, dtype=torch.bfloat16)
-        moments = InputMoments(*(torch.zeros(width, *rest, device=bench.device) for rest in ((width,), ())))
-        flops = 2 * tokens * width**2
-        bench.stage("covariance", lambda m=moments, r=rows: m.add(r), tokens=tokens, width=width, flops=flops)
-        a = rows.float().T @ rows.float() / tokens + 0.1 * torch.eye(width, device=bench.device)
-        g = torch.randn(2 * out, out, device=bench.device)
-        g = g.T @ g / len(g) + 0.1 * torch.eye(out, device=bench.device)
-        bench.stage("cholesky", lambda a=a: inverse_from_cholesky(a), width=width)
-        weight, h = torch.randn(out, width, device=bench.device), Kronecker(a, g)
-        shape = {"out": out, "in": width}
-        for pattern in (Unstructured(0.5), NM(2, 4)):
-            bench.stage("admm", lambda w=weight, h=h, p=pattern: select(w, h, p, FAST), pattern=str(pattern), **shape)
-        mask = NM(2, 4).project(weight.square())
-        bench.stage("pcg", lambda w=weight, h=h, m=mask: compensate(w, h, m, max_iterations=20), **shape)
-        if out == width:
-            bench.attempt("sweep", partial(sweeps, bench, width, inverse_upper_cholesky(a)))
+        bench.attempt(f"stages {out} x {width}", partial(stages_of, bench, out, width, tokens))
+
+
+def stages_of(bench: Bench, out: int, width: int, tokens: int) -> None:
+    """``stages`` of one layer [out, in]."""
+    rows = torch.randn(tokens, width, device=bench.device, dtype=torch.bfloat16)
+    moments = InputMoments(*(torch.zeros(width, *rest, device=bench.device) for rest in ((width,), ())))
+    flops = 2 * tokens * width**2
+    bench.stage("covariance", lambda: moments.add(rows), tokens=tokens, width=width, flops=flops)
+    a = rows.float().T @ rows.float() / tokens + 0.1 * torch.eye(width, device=bench.device)
+    g = torch.randn(2 * out, out, device=bench.device)
+    g = g.T @ g / len(g) + 0.1 * torch.eye(out, device=bench.device)
+    bench.stage("cholesky", lambda: inverse_from_cholesky(a), width=width)
+    weight = torch.randn(out, width, device=bench.device)
+    shape = {"out": out, "in": width}
+    for pattern in (Unstructured(0.5), NM(2, 4)):
+        # a new operator in every call, so that the factorisations are timed
+        bench.stage("admm", lambda p=pattern: select(weight, Kronecker(a, g), p, FAST), pattern=str(pattern), **shape)
+    mask = NM(2, 4).project(weight.square())
+    bench.stage("pcg", lambda: compensate(weight, Kronecker(a, g), mask, max_iterations=20), **shape)
+    if out == width:
+        bench.attempt("sweep", partial(sweeps, bench, width, inverse_upper_cholesky(a)))
 
 
 def whole(bench: Bench, config: LlamaConfig, windows: int, length: int) -> None:
@@ -263,18 +321,17 @@ def whole(bench: Bench, config: LlamaConfig, windows: int, length: int) -> None:
     layers = prunable_layers(model)
     tokens = Windows(torch.randint(3, config.vocab_size, (windows, length)))
     size = {"parameters": sum(p.numel() for p in model.parameters()), "windows": windows, "length": length}
+    plan = partial(make_plan, method="kfac", allocation="uniform", pattern=NM(2, 4))
+    plan(layers[:1], estimate_factors(model, layers, Windows(tokens.input_ids[:1]), batch_size=1))  # compiles kernels
     factors = None
     for what in ("curvature", "prune"):
-        if bench.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        bench.synchronised_peak()
         start = time.perf_counter()
         if factors is None:
             factors = estimate_factors(model, layers, tokens, batch_size=4)
         else:
-            prune(layers, make_plan(layers, factors, method="kfac", allocation="uniform", pattern=NM(2, 4)))
-        if bench.device == "cuda":
-            torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() if bench.device == "cuda" else None
+            prune(layers, plan(layers, factors))
+        peak = bench.synchronised_peak()
         bench.row(f"model {what}", seconds=time.perf_counter() - start, peak_bytes=peak, **size)
 
 
@@ -284,13 +341,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="rows are appended here, one JSON object a line")
     parser.add_argument("--seconds", type=float, default=480, help="start nothing new after this; default: %(default)s")
     parser.add_argument("--tiny", action="store_true", help="toy sizes on the CPU: shows that the script runs")
+    parser.add_argument("--commit", default="", help="what rows name as the code's; default: that of the checkout")
     options = parser.parse_args()
     if not options.tiny and not torch.cuda.is_available():
         sys.exit("benchmark_gpu.py: no GPU is visible to torch; --tiny runs the same code on the CPU at toy sizes")
     torch.manual_seed(0)
     n, layers, tokens = (64, [(64, 64)], 128) if options.tiny else (4096, [(4096, 4096), (4096, 11008)], 16384)
-    bench = Bench(options.out, "cpu" if options.tiny else "cuda", options.seconds)
-    bandwidth = floors(bench, n)
+    bench = Bench(options.out, "cpu" if options.tiny else "cuda", options.seconds, options.commit or commit())
+    measured = [math.nan]  # bytes per millisecond
+    bench.attempt("floor", lambda: measured.append(floors(bench, n)))
+    bandwidth = measured[-1]
     kernels(bench, n, bandwidth)
     bench.attempt("pcg_step", partial(pcg_steps, bench, n, bandwidth))
     bench.attempt("stages", partial(stages, bench, layers, tokens))

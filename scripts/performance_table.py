@@ -70,16 +70,23 @@ def _stops(row: dict[str, Any]) -> str:
 
 
 def gpu_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Every row: its time, that of eager PyTorch, the share of the memory's speed that it reaches, the peak."""
+    """By device, the latest of every measurement: its time, that of eager PyTorch, the share of the floor, the peak."""
+    devices: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if "error" not in row:
+            sizes = {key: value for key, value in row.items() if type(value) in (int, str) and key not in FIGURES}
+            devices.setdefault(row["device"], {})[f"{row['what']} {sizes}"] = row
+    return "\n\n".join(_device_table(device, list(latest.values())) for device, latest in devices.items())
+
+
+def _device_table(device: str, rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        f"{rows[0]['device']}:",
+        f"{device}:",
         "",
         "| what | size | ms | eager | ratio | share of the floor | peak GiB |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        if "error" in row:
-            continue
         size = ", ".join(
             f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
             for key, value in row.items()

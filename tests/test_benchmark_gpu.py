@@ -43,14 +43,16 @@ def test_tiny_run_writes_every_row(tmp_path):
             "cholesky",
             "admm",
             "pcg",
-            "sweep",
+            "sweep, mostly launches",
         ),
         *("model curvature", "model prune"),
     }
     assert all(row["device"] == "cpu" for row in rows)
     assert all(row["repeatable"] and row["went_on"] for row in rows if row["what"] == "pcg_step")
     assert all(row["relative_error"] < 1e-3 for row in rows if "relative_error" in row)
-    exact = [row for row in rows if "mask_differs" in row and row["what"] != "sweep"]  # the twin is the kernel here
+    exact = [
+        row for row in rows if "mask_differs" in row and not row["what"].startswith("sweep")
+    ]  # the twin is the kernel here
     assert {row["what"] for row in exact} == {"admm_tail", "admm_tail_nm", "block_sweep"}
     assert all(row["mask_differs"] == row["relative_error"] == row.get("churn_differs", 0) == 0 for row in exact)
     code = "import json, sys; from performance_table import gpu_table; print(gpu_table(json.loads(sys.stdin.read())))"
@@ -100,3 +102,34 @@ def test_what_fails_is_a_row_and_the_rest_goes_on(script, tmp_path):
     assert (first["what"], first["error"]) == ("first", "RuntimeError: out of registers")
     assert second["what"] == "second"
     assert bench.failed == ["first"]
+
+
+def test_set_up_that_fails_costs_no_other_row(script, tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(reference, "kth_largest_dual", fails)
+    bench = script.Bench(tmp_path / "rows", "cpu", 100, "abc")
+    script.kernels(bench, 64, float("nan"))
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert {row["what"]: "error" in row for row in rows} == {
+        "kth_largest": False,
+        "kth_largest_dual": True,
+        "admm_tail": True,
+        "admm_tail_nm": False,
+        "block_sweep": False,
+    }
+    assert all(row["commit"] == "abc" and {"triton", "cuda", "driver"} <= set(row["versions"]) for row in rows)
+    assert all(row["floor_ms"] is None for row in rows if "error" not in row)
+
+
+def test_table_tells_devices_apart_and_keeps_the_latest(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    table = importlib.import_module("performance_table")
+    row = {"what": "pcg_step", "n": 64, "ms": 1.0, "relative_error": 1e-6, "device": "one"}
+    again, other = row | {"ms": 2.0, "relative_error": 2e-6}, row | {"device": "two", "ms": 3.0}
+    told = table.gpu_table([row, other, again, row | {"n": 128, "ms": 4.0}, {"what": "x", "error": "e", "device": "d"}])
+    one, two = told.split("\n\ntwo:\n")
+    assert one.startswith("one:\n")
+    assert [line.split("|")[3].strip() for line in one.splitlines()[4:]] == ["2", "4"]
+    assert [line.split("|")[3].strip() for line in two.splitlines()[3:]] == ["3"]
