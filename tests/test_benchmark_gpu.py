@@ -50,9 +50,7 @@ def test_tiny_run_writes_every_row(tmp_path):
     assert all(row["device"] == "cpu" for row in rows)
     assert all(row["repeatable"] and row["went_on"] for row in rows if row["what"] == "pcg_step")
     assert all(row["relative_error"] < 1e-3 for row in rows if "relative_error" in row)
-    exact = [
-        row for row in rows if "mask_differs" in row and not row["what"].startswith("sweep")
-    ]  # the twin is the kernel here
+    exact = [row for row in rows if "mask_differs" in row and "pattern" not in row]  # the twin is the kernel here
     assert {row["what"] for row in exact} == {"admm_tail", "admm_tail_nm", "block_sweep"}
     assert all(row["mask_differs"] == row["relative_error"] == row.get("churn_differs", 0) == 0 for row in exact)
     code = "import json, sys; from performance_table import gpu_table; print(gpu_table(json.loads(sys.stdin.read())))"
