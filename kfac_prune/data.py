@@ -287,14 +287,25 @@ def read_documents(
     return documents
 
 
+def _token_ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str], **options: Any) -> list[list[int]]:
+    """Every text's tokens. A fast tokenizer keeps truncation and padding of a call, and would be saved with them."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    before = None if backend is None else (backend.truncation, backend.padding)
+    rows: list[list[int]] = tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"]
+    if backend is not None and before != (backend.truncation, backend.padding):
+        truncation, padding = before or (None, None)
+        backend.enable_truncation(**truncation) if truncation else backend.no_truncation()
+        backend.enable_padding(**padding) if padding else backend.no_padding()
+    return rows
+
+
 def token_stream(tokenizer: "PreTrainedTokenizerBase", documents: Sequence[Document]) -> Tensor:
     """Tokens of all documents, concatenated: [L] int64. BOS, if the tokenizer has one, goes before those that ask."""
     bos = [tokenizer.bos_token_id] if any(d.bos for d in documents) and tokenizer.bos_token_id is not None else []
     parts = [torch.empty(0, dtype=torch.int64)]
     for start in range(0, len(documents), DOCUMENTS_PER_CALL):
         group = documents[start : start + DOCUMENTS_PER_CALL]
-        texts = [document.text for document in group]
-        rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        rows = _token_ids(tokenizer, [document.text for document in group], add_special_tokens=False)
         ids = [i for document, row in zip(group, rows, strict=True) for i in (bos + row if document.bos else row)]
         parts.append(torch.tensor(ids, dtype=torch.int64))
     return torch.cat(parts)
@@ -338,42 +349,12 @@ def consecutive_windows(stream: Tensor, count: int, seqlen: int, *, name: str = 
 def sequence_windows(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], seqlen: int) -> Windows:
     """One row per text: with the tokenizer's special tokens, cut to `seqlen` tokens, padded on the right."""
     _check_size(len(texts), seqlen)
-    rows = tokenizer(list(texts), truncation=True, max_length=seqlen, return_attention_mask=False, verbose=False)
-    ids = [torch.tensor(row, dtype=torch.int64) for row in rows["input_ids"]]
+    rows = _token_ids(tokenizer, list(texts), truncation=True, max_length=seqlen)
+    ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
     lengths = torch.tensor([len(row) for row in ids])
     fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=fill)
     return Windows(padded, torch.arange(padded.shape[1]) < lengths.unsqueeze(1))
-
-
-def choose_texts(
-    documents: Sequence[Document], held: Sequence[Document] | None, counts: tuple[int, int], seed: int, share: float
-) -> tuple[list[str], list[str]]:
-    """Texts to calibrate on and, none of them among these, to measure on; both at random.
-
-    Args:
-        documents: to choose from; equal ones count once.
-        held: to measure on; None sets the last `share` of `documents` apart.
-        counts: of the former, exactly, and of the latter, at most.
-        seed: equal arguments give equal texts.
-        share: see `held`.
-    """
-    texts = list(dict.fromkeys(document.text for document in documents))
-    rest = list(dict.fromkeys(document.text for document in held)) if held is not None else []
-    if held is None:
-        cut = len(texts) - int(share * len(texts))
-        texts, rest = texts[:cut], texts[cut:]
-    generator = torch.Generator().manual_seed(seed)
-    chosen = [texts[i] for i in torch.randperm(len(texts), generator=generator)[: counts[0]].tolist()]
-    known = set(chosen)
-    rest = [text for text in rest if text not in known]
-    if len(chosen) < counts[0] or len(rest) < 2:
-        raise InputError(
-            f"{len(texts)} documents to calibrate on and {len(rest)} others to measure on, each of them one sequence; "
-            f"needed are {counts[0]} (--samples) and at least 2: say what separates documents of a text file "
-            r"(--separator '\n' makes every line one), add text, or lower --samples"
-        )
-    return chosen, [rest[i] for i in torch.randperm(len(rest), generator=generator)[: counts[1]].tolist()]
 
 
 def load_windows(

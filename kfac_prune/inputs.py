@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,6 @@ from kfac_prune.curvature.estimate import bypassed, participants, unmoved
 from kfac_prune.data import (
     Document,
     Windows,
-    choose_texts,
     consecutive_windows,
     read_documents,
     sample_windows,
@@ -115,6 +114,36 @@ def read_texts(recipe: Recipe) -> tuple[list[Document], list[Document] | None]:
     options: Any = {"separator": recipe.separator, "field": recipe.text_field}
     documents = read_documents(recipe.data, **options)
     return documents, read_documents(recipe.eval_data, **options, split="test") if recipe.eval_data else None
+
+
+def choose_texts(
+    documents: Sequence[Document], held: Sequence[Document] | None, counts: tuple[int, int], seed: int, share: float
+) -> tuple[list[str], list[str]]:
+    """Texts to calibrate on and, none of them among these, to measure on; both at random.
+
+    Args:
+        documents: to choose from; equal ones count once.
+        held: to measure on; None sets the last `share` of `documents` apart.
+        counts: of the former, exactly, and of the latter, at most.
+        seed: equal arguments give equal texts.
+        share: see `held`.
+    """
+    texts = list(dict.fromkeys(document.text for document in documents))
+    rest = list(dict.fromkeys(document.text for document in held)) if held is not None else []
+    if held is None:
+        cut = len(texts) - int(share * len(texts))
+        texts, rest = texts[:cut], texts[cut:]
+    generator = torch.Generator().manual_seed(seed)
+    chosen = [texts[i] for i in torch.randperm(len(texts), generator=generator)[: counts[0]].tolist()]
+    known = set(chosen)
+    rest = [text for text in rest if text not in known]
+    if len(chosen) < counts[0] or len(rest) < 2:
+        raise InputError(
+            f"{len(texts)} documents to calibrate on and {len(rest)} others to measure on, each of them one sequence; "
+            f"needed are {counts[0]} (--samples) and at least 2: say what separates documents of a text file "
+            r"(--separator '\n' makes every line one), add text, or lower --samples"
+        )
+    return chosen, [rest[i] for i in torch.randperm(len(rest), generator=generator)[: counts[1]].tolist()]
 
 
 def load_data(

@@ -25,7 +25,8 @@ from kfac_prune.bench import Bench, timed
 from kfac_prune.block_training import Reconstruction
 from kfac_prune.config import RECONSTRUCT, parse_pattern
 from kfac_prune.curvature.estimate import participants
-from kfac_prune.data import Document, choose_texts, sequence_windows
+from kfac_prune.data import Document, sequence_windows
+from kfac_prune.inputs import choose_texts
 from kfac_prune.loading import load_config, load_model, load_tokenizer
 from kfac_prune.models import prunable_layers
 from kfac_prune.objective import find_objective

@@ -19,9 +19,11 @@ from kfac_prune.data import (
     load_windows,
     read_documents,
     sample_windows,
+    sequence_windows,
     token_stream,
 )
 from kfac_prune.errors import InputError
+from kfac_prune.loading import load_tokenizer
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
 STORIES = ["one two three", "two  two\nfour", "five"]
@@ -103,6 +105,28 @@ def test_tokenizing_warns_of_no_length(tok, story_file, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     token_stream(tok, read_documents(story_file(".txt")))  # longer than model_max_length
     assert caplog.records == []
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own", "none"])
+@pytest.mark.parametrize("cut", ["stream", "sequences"])
+def test_a_tokenizer_is_saved_with_the_truncation_and_padding_that_it_came_with(tmp_path, own, cut):
+    made = byte_tokenizer(pad_token="<pad>")
+    if own:
+        made.backend_tokenizer.enable_truncation(max_length=24, stride=2)
+        made.backend_tokenizer.enable_padding(length=24, pad_id=made.pad_token_id, pad_token="<pad>")
+    made.save_pretrained(tmp_path / "source")
+    tokenizer = load_tokenizer(str(tmp_path / "source"))
+    text = "a text of more bytes than the tokenizer would keep"
+    if cut == "stream":
+        assert len(token_stream(tokenizer, [Document(text, bos=False)])) == len(text)
+    else:
+        windows = sequence_windows(tokenizer, [text, "ab"], 30)
+        assert windows.input_ids.shape == (2, 30)
+        assert windows.tokens == 32
+    tokenizer.save_pretrained(tmp_path / "saved")
+    before, after = (json.loads((tmp_path / name / "tokenizer.json").read_text()) for name in ("source", "saved"))
+    assert (before["truncation"] is not None, before["padding"] is not None) == (own, own)
+    assert before == after
 
 
 def test_blank_documents_are_dropped(tmp_path):

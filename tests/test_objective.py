@@ -26,9 +26,9 @@ from kfac_prune.block_training import Reconstruction
 from kfac_prune.config import Recipe
 from kfac_prune.curvature import estimate
 from kfac_prune.curvature.estimate import estimate_factors, participants
-from kfac_prune.data import Document, Windows, choose_texts, sequence_windows
+from kfac_prune.data import Document, Windows, sequence_windows
 from kfac_prune.errors import InputError
-from kfac_prune.inputs import check_runs
+from kfac_prune.inputs import check_runs, choose_texts
 from kfac_prune.loading import load_config
 from kfac_prune.measurement import measure
 from kfac_prune.models import Layer, prunable_layers
