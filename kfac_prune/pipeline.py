@@ -21,7 +21,7 @@ from kfac_prune.curvature.factors import Factors
 from kfac_prune.curvature.sequences import SequenceFisher, check_memory
 from kfac_prune.errors import InputError
 from kfac_prune.experts import ExpertLinear
-from kfac_prune.export import CODE, save_model, save_side_files, verify_saved
+from kfac_prune.export import save_model, save_side_files, verify_saved
 from kfac_prune.inputs import resolve_device
 from kfac_prune.job import Job, Outcome, begin, target_of
 from kfac_prune.loading import head_of
@@ -109,7 +109,7 @@ def _written(job: Job, outcome: Outcome, device: str) -> dict[str, Any]:
         loading = {
             "head": head_of(job.model.config),
             "sentence_transformers": (folder / "modules.json").is_file(),
-            "own_code": (folder / CODE).is_file(),
+            "own_code": any(folder.glob("*.py")),
         }
         record = result_record(
             recipe,

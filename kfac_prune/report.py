@@ -299,7 +299,9 @@ def model_card(recipe: Recipe, record: dict[str, Any]) -> str:
         )
         note = " Zeros alone make a model neither smaller nor faster on a server without kernels for their\npattern."
     if record["own_code"]:
-        loads = "Its blocks have widths of their own, so its code comes with it (or use `kfac_prune.load`):"
+        loads = "Its code comes with it:"
+        if record.get("widths") == "per-layer":
+            loads = "Its blocks have widths of their own, so its code comes with it (or use `kfac_prune.load`):"
         load = load.replace('("THIS_FOLDER")\n', '("THIS_FOLDER", trust_remote_code=True)\n', 1)
     return f"""---
 {base}library_name: transformers

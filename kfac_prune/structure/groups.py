@@ -215,6 +215,13 @@ def find_widths(model: PreTrainedModel, layers: Sequence[Layer]) -> list[FfnUnit
     return list(found.values())
 
 
+def same_kinds(groups: Sequence[Group], model: PreTrainedModel) -> list[Group]:
+    """All that a model has of the kinds that some groups are of."""
+    layers, heads = prunable_layers(model), [isinstance(group, AttentionHeads) for group in groups]
+    found: list[Group] = [] if all(heads) else [*find_widths(model, layers)]
+    return [*found, *find_heads(model, layers)] if any(heads) else found
+
+
 def find_heads(model: PreTrainedModel, layers: Sequence[Layer]) -> list[AttentionHeads]:
     """The attentions whose heads can be told apart, in the order of the model.
 

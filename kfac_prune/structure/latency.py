@@ -24,10 +24,9 @@ from kfac_prune import ranks
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.experts import whole_experts
-from kfac_prune.models import prunable_layers
 from kfac_prune.stream import BlockStack
 from kfac_prune.structure.curves import Option, interpolated
-from kfac_prune.structure.groups import AttentionHeads, ExpertUnits, FfnUnits, Group, Member, find_ffn, find_heads
+from kfac_prune.structure.groups import AttentionHeads, ExpertUnits, FfnUnits, Group, Member, same_kinds
 from kfac_prune.structure.prune import Target
 from kfac_prune.structure.shrink import Cut, shrink
 
@@ -199,11 +198,7 @@ def latency_target(model: PreTrainedModel, groups: Sequence[Group], length: int,
         return table.block(tuple(group.everything().shape)) - table.block(tuple(option.kept.shape))
 
     def saved(smaller: PreTrainedModel) -> float:
-        layers = prunable_layers(smaller)
-        present: list[Group] = [*find_ffn(smaller, layers)]
-        if any(isinstance(group, AttentionHeads) for group in groups):
-            present += find_heads(smaller, layers)
-        shapes = {group.name: tuple(group.everything().shape) for group in present}
+        shapes = {group.name: tuple(group.everything().shape) for group in same_kinds(groups, smaller)}
         return sum(table.block(full[name]) - table.block(shapes[name]) for name in full)
 
     def limit(most: float) -> str:

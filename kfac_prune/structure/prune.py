@@ -17,15 +17,15 @@ from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.experts import ExpertLinear
 from kfac_prune.fisher import FisherType
-from kfac_prune.models import Layer, prunable_layers
+from kfac_prune.models import Layer
 from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.operators import Damping
 from kfac_prune.quality import evaluate
 from kfac_prune.structure.curves import Option, multiple_of
-from kfac_prune.structure.groups import AttentionHeads, Group, consumers_of, find_heads, find_widths, saving
+from kfac_prune.structure.groups import AttentionHeads, Group, consumers_of, find_heads, find_widths, same_kinds, saving
 from kfac_prune.structure.plan import Problem, Saving, one_size, own_sizes
 from kfac_prune.structure.repair import repair
-from kfac_prune.structure.shrink import CannotBeStored, Cut, shrink
+from kfac_prune.structure.shrink import CannotBeStored, Cut, auto_class, base_class, shrink
 
 logger = logging.getLogger("kfac_prune")
 
@@ -225,11 +225,12 @@ def prune_structured(
     settings = replace(settings, multiple=multiple)
     _check_reach(groups, target, multiple)
     wanted: list[Widths] = [widths] if widths else ["uniform", "per-layer"]
-    if "uniform" in wanted and not _covers(model, groups):
-        if widths:
-            raise InputError(f"no uniform plan: {_SOME_STAY}; use --widths per-layer, or include all blocks")
-        echo(f"  no uniform plan: {_SOME_STAY}")
-        wanted = ["per-layer"]
+    refused = _refused(model, groups)
+    for one in [one for one in wanted if one in refused]:
+        if len(refused) >= len(wanted):
+            raise InputError(f"no {one} plan: {refused[one]}; {_INSTEAD[one]}")
+        echo(f"  no {one} plan: {refused[one]}")
+        wanted.remove(one)
     job = _Job(model, [layer.name for layer in layers], kinds, fit, held_out, target, settings, echo)
     first = job.problem(model)
     curves = job.curves(first)
@@ -366,16 +367,22 @@ _DIFFERS = (
 )
 
 
-_SOME_STAY = "a plain configuration holds one width for all blocks, and some would stay as they are"
+def _refused(model: PreTrainedModel, groups: Sequence[Group]) -> dict[Widths, str]:
+    """The kinds of plans that no checkpoint could hold, and why."""
+    refused: dict[Widths, str] = {}
+    if {group.name for group in groups} != {group.name for group in same_kinds(groups, model)}:
+        refused["uniform"] = "a plain configuration holds one width for all blocks, and some would stay as they are"
+    try:
+        auto_class(base_class(model))
+    except CannotBeStored as error:
+        refused["per-layer"] = str(error)
+    return refused
 
 
-def _covers(model: PreTrainedModel, groups: Sequence[Group]) -> bool:
-    """The groups are all that the model has of their kinds, as a plain configuration needs."""
-    layers = prunable_layers(model)
-    heads = any(isinstance(group, AttentionHeads) for group in groups)
-    ffns = any(not isinstance(group, AttentionHeads) for group in groups)
-    found = (find_widths(model, layers) if ffns else []), (find_heads(model, layers) if heads else [])
-    return {group.name for group in groups} == {group.name for kind in found for group in kind}
+_INSTEAD: dict[Widths, str] = {
+    "uniform": "use --widths per-layer, or include all blocks",
+    "per-layer": "use --widths uniform",
+}
 
 
 def _check_reach(groups: Sequence[Group], target: Target, multiple: int) -> None:

@@ -105,7 +105,7 @@ def shrink(model: PreTrainedModel, cuts: Sequence[Cut], *, plain: bool = False) 
     base = base_class(model)
     config = copy.deepcopy(model.config)
     config.pruned_shapes, config.pruned_head_counts = shapes, heads
-    config.auto_map = {_auto_class(base): f"pruned_model.Pruned{base.__name__}"}
+    config.auto_map = {auto_class(base): f"pruned_model.Pruned{base.__name__}"}
     with torch.device("meta"):
         empty = with_own_widths(base)(config)
     return filled(empty, state, model)
@@ -124,6 +124,20 @@ def base_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     if not hasattr(model.config, "pruned_shapes"):
         return kind
     return next(c for c in kind.__mro__ if c.__module__.startswith("transformers.models."))
+
+
+def auto_class(base: type[PreTrainedModel]) -> str:
+    """The Auto class of transformers that finds the versions of a class with widths of their own.
+
+    Raises:
+        CannotBeStored: there is none, or the class is not one of transformers, from which such versions are made.
+    """
+    if getattr(transformers, base.__name__, None) is not base:
+        raise CannotBeStored(f"the code of {base.__name__} is not in transformers, and widths per layer need that")
+    for name, classes in AUTO_CLASSES.items():
+        if any(base.__name__ in ((c,) if isinstance(c, str) else c) for c in classes.values()):
+            return name
+    raise CannotBeStored(f"no Auto class of transformers loads {base.__name__}, so widths per layer cannot be saved")
 
 
 def empty_of(kind: Any, values: dict[str, Any], model: PreTrainedModel) -> PreTrainedModel:
@@ -180,8 +194,14 @@ def accepted_heads(model: PreTrainedModel, attention: AttentionHeads) -> set[tup
 def _plain_models(
     model: PreTrainedModel, widths: Mapping[str, int], counts: tuple[int, int] | None, head_dim: int | None
 ) -> Iterator[PreTrainedModel]:
-    """Empty models (on the meta device) of plain configurations with these sizes, as far as any accepts them."""
-    fields: dict[str, Any] = {k: v for k, v in model.config.to_dict().items() if k not in _OWN}
+    """Empty models (on the meta device) of plain configurations with these sizes, as far as any accepts them.
+
+    That of a model whose code comes with its checkpoint says where the code is.
+    """
+    base = base_class(model)
+    known = getattr(transformers, base.__name__, None) is base
+    drop = ("pruned_shapes", "pruned_head_counts", *(("auto_map",) if known else ()))
+    fields: dict[str, Any] = {k: v for k, v in model.config.to_dict().items() if k not in drop}
     for kind, width in widths.items():
         named = [name for name in WIDTH_FIELDS[kind] if hasattr(model.config, name)]
         fields |= dict.fromkeys(named[:1], width)
@@ -189,9 +209,8 @@ def _plain_models(
         groups, per_group = counts
         fields |= {"num_attention_heads": groups * per_group, "num_key_value_heads": groups}
         fields["head_dim"] = head_dim
-    base = base_class(model)
     kinds: list[tuple[Any, dict[str, Any]]] = [(base, fields)]
-    if fields["model_type"] == "llama" and not fields.get("attention_bias") and not fields.get("mlp_bias"):
+    if known and fields["model_type"] == "llama" and not fields.get("attention_bias") and not fields.get("mlp_bias"):
         # Llama's configuration refuses head counts that do not divide hidden_size; Mistral's is the same network
         mistral = getattr(transformers, base.__name__.replace("Llama", "Mistral"), None)
         if mistral is not None:
@@ -203,9 +222,6 @@ def _plain_models(
         except Exception:  # each configuration refuses in its own way; there is no plain model of it then
             continue
         yield empty
-
-
-_OWN = ("pruned_shapes", "pruned_head_counts", "auto_map")
 
 
 def _put(state: dict[str, Tensor], name: str, module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
@@ -225,13 +241,6 @@ def _rows(module: nn.Module) -> int:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.shape[1 if isinstance(module, Conv1D) else 0]
-
-
-def _auto_class(base: type[PreTrainedModel]) -> str:
-    for name, classes in AUTO_CLASSES.items():
-        if any(base.__name__ in ((c,) if isinstance(c, str) else c) for c in classes.values()):
-            return name
-    raise CannotBeStored(f"no Auto class of transformers loads {base.__name__}, so widths per layer cannot be saved")
 
 
 def _refusal(
