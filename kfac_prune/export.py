@@ -12,8 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kfac_prune import pruned_model
 from kfac_prune.errors import InputError, reason
 from kfac_prune.experts import whole_experts
-from kfac_prune.loading import load
-from kfac_prune.objective import modules_of, side_file
+from kfac_prune.loading import load, modules_of, side_file
 
 #: File of a checkpoint that holds the code of a model with widths of its own.
 CODE = "pruned_model.py"
@@ -57,7 +56,8 @@ def save_side_files(source: str, folder: Path) -> None:
     """Take along what makes a sentence-transformers model of an encoder: its list of modules and their settings."""
     if side_file(source, "modules.json") is None:
         return
-    names = ["modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"]
+    kinds = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")  # its name once had them
+    names = ["modules.json", "config_sentence_transformers.json", *(f"sentence_{kind}_config.json" for kind in kinds)]
     names += [f"{path}/config.json" for path in modules_of(source).values() if path]
     for name in names:
         file = side_file(source, name)

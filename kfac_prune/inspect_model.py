@@ -66,7 +66,7 @@ def empty_model(
                 model = own(config)
             else:
                 options: Any = {"trust_remote_code": trust_remote_code, "dtype": dtype or torch.get_default_dtype()}
-                model = LOADERS[head_of(config) or "causal"].from_config(config, **options)
+                model = LOADERS[head_of(config, source) or "causal"].from_config(config, **options)
         model.tie_weights()
     except Exception as error:  # settings that do not fit together raise what each model's code happens to raise
         raise InputError(f"{source}/config.json gives no model: {reason(error)}") from error

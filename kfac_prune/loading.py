@@ -81,7 +81,7 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
         raise InputError(f"{source}/config.json has architectures {shown(config.architectures)}; it must hold names")
     if getattr(config, "quantization_config", None):
         raise InputError(f"{source} is a quantised checkpoint; prune the full-precision model, then quantise that")
-    if head_of(config) is None:
+    if head_of(config, source) is None:
         raise InputError(
             f"{source} is not a causal language model, nor a masked one, a sequence classifier or a bare encoder (type "
             f"{config.model_type}, architectures {config.architectures or []}); what it should still do is not defined"
@@ -89,11 +89,21 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
     return config
 
 
-def head_of(config: Any) -> Head | None:
-    """What a model with this configuration ends in; None for any other kind of model."""
+def head_of(config: Any, source: str) -> Head | None:
+    """What a model with this configuration ends in; None for any other kind of model.
+
+    Where sentence-transformers' files come with it, it is an encoder whatever head its architecture names: they read
+    the vectors before that, and the checkpoint often lacks its weights.
+
+    Args:
+        config: of the model.
+        source: local folder or hub id that it is from.
+    """
     names = config.architectures or []
     name = names[0].removeprefix("Pruned") if names else ""
     encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_encoder_decoder
+    if encoder and modules_of(source).keys() >= {"Transformer", "Pooling"}:
+        return "encoder"
     if "ForMaskedLM" in name:
         return "masked" if encoder else None
     if "ForSequenceClassification" in name:
@@ -108,6 +118,48 @@ def head_of(config: Any) -> Head | None:
     return "causal" if causal and named and not both_sides else None
 
 
+def side_file(source: str, name: str) -> Path | None:
+    """A file that comes with a model, from its folder or the hub; None if there is none."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    found = cached_file(
+        source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+    return Path(found) if found else None
+
+
+def modules_of(source: str) -> dict[str, str]:
+    """Kind and folder of every module that modules.json lists; empty without such a file.
+
+    Raises:
+        InputError: the file cannot be read, or names a folder outside the model's.
+    """
+    file = side_file(source, "modules.json")
+    if file is None:
+        return {}
+    try:
+        parts = {str(part["type"]).rpartition(".")[2]: str(part["path"]) for part in read_json(file)}
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{file} is not a list of modules with type and path: {error}") from error
+    for path in parts.values():
+        if Path(path).is_absolute() or ".." in Path(path).parts:
+            raise InputError(f"{file} names {path!r}, which is not inside the model's folder")
+    return parts
+
+
+def read_json(path: Path) -> Any:
+    """The content of a file that comes with a model.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+
+
 def load(source: str | Path, **options: Any) -> PreTrainedModel:
     """``from_pretrained`` with the class that fits the checkpoint, models with widths of their own included.
 
@@ -120,7 +172,7 @@ def load(source: str | Path, **options: Any) -> PreTrainedModel:
     _check_files(str(source), Path(source).expanduser())
     options["use_safetensors"] = True
     config = AutoConfig.from_pretrained(source, trust_remote_code=options.get("trust_remote_code", False))
-    head = head_of(config)
+    head = head_of(config, str(source))
     named = getattr(transformers, (config.architectures or [""])[0], None) if head is None else None
     kind = class_with_own_widths(config) or named or LOADERS[head or "causal"]
     return cast(PreTrainedModel, kind.from_pretrained(source, **options))

@@ -11,22 +11,19 @@ Three kinds of output distribution, each with a KL(dense‖pruned) whose Hessian
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils.hub import cached_file
 
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.fisher import FisherType, logit_gradient, next_token_labels, sample_labels
-from kfac_prune.loading import Head, head_of
+from kfac_prune.loading import Head, head_of, modules_of, read_json, side_file
 
 Pooling = Literal["mean", "cls"]
 #: Neighbours of every sentence that are looked for again in the pruned model's embedding.
@@ -251,12 +248,12 @@ def find_objective(wanted: str, source: str, config: Any) -> Objective:
     Raises:
         InputError: the objective does not fit the model's head, or its files ask for a pooling that is not known here.
     """
-    head = head_of(config)
+    head = head_of(config, source)
     assert head is not None, "load_config has refused it"
     if wanted not in ("auto", NAMES[head]):
         raise InputError(
-            f"objective {wanted} does not fit {source}, whose architecture {(config.architectures or ['?'])[0]} has "
-            f"the objective {NAMES[head]}; leave --objective out"
+            f"objective {wanted} does not fit {source} ({(config.architectures or ['?'])[0]}), whose objective is "
+            f"{NAMES[head]}; leave --objective out"
         )
     if head == "encoder":
         return _sentence_embedding(source)
@@ -266,43 +263,6 @@ def find_objective(wanted: str, source: str, config: Any) -> Objective:
 def _only_sampled(fisher: FisherType, name: str) -> None:
     if fisher != "sampled":
         raise InputError(f"the text holds no labels for the objective {name}, so fisher can only be sampled")
-
-
-def side_file(source: str, name: str) -> Path | None:
-    """A file that comes with a model, from its folder or the hub; None if there is none."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder / name if (folder / name).is_file() else None
-    found = cached_file(
-        source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-    )
-    return Path(found) if found else None
-
-
-def modules_of(source: str) -> dict[str, str]:
-    """Kind and folder of every module that modules.json lists; empty without such a file.
-
-    Raises:
-        InputError: the file cannot be read, or names a folder outside the model's.
-    """
-    file = side_file(source, "modules.json")
-    if file is None:
-        return {}
-    try:
-        parts = {str(part["type"]).rpartition(".")[2]: str(part["path"]) for part in _json(file)}
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{file} is not a list of modules with type and path: {error}") from error
-    for path in parts.values():
-        if Path(path).is_absolute() or ".." in Path(path).parts:
-            raise InputError(f"{file} names {path!r}, which is not inside the model's folder")
-    return parts
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
 
 
 def _sentence_embedding(source: str) -> Embedding:
@@ -318,7 +278,7 @@ def _sentence_embedding(source: str) -> Embedding:
     pooling: Pooling = "mean"
     if "Pooling" in parts:
         path = side_file(source, f"{parts['Pooling']}/config.json")
-        settings = _json(path) if path is not None else {}
+        settings = read_json(path) if path is not None else {}
         if not isinstance(settings, dict):
             raise InputError(f"{path} holds {type(settings).__name__}, not an object of settings")
         pooling = _pooling(settings, f"{source}/{parts['Pooling']}/config.json")

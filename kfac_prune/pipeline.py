@@ -107,7 +107,7 @@ def _written(job: Job, outcome: Outcome, device: str) -> dict[str, Any]:
             save_side_files(recipe.model, folder)
             verify_saved(outcome.model, folder, trust_remote_code=recipe.trust_remote_code)
         loading = {
-            "head": head_of(job.model.config),
+            "head": head_of(job.model.config, recipe.model),
             "sentence_transformers": (folder / "modules.json").is_file(),
             "own_code": any(folder.glob("*.py")),
         }

@@ -28,7 +28,9 @@ from kfac_prune.curvature import estimate
 from kfac_prune.curvature.estimate import estimate_factors, participants
 from kfac_prune.data import Document, Windows, sequence_windows
 from kfac_prune.errors import InputError
+from kfac_prune.export import save_side_files
 from kfac_prune.inputs import check_runs, choose_texts
+from kfac_prune.inspect_model import describe
 from kfac_prune.loading import load_config
 from kfac_prune.measurement import measure
 from kfac_prune.models import Layer, prunable_layers
@@ -371,6 +373,28 @@ def test_pooling_is_that_of_the_files(folder, change, expected):
         assert find_objective("auto", source, load_config(source)) == expected
         (Path(source) / "modules.json").write_text(json.dumps(MODULES[:2]))
         assert not find_objective("auto", source, load_config(source)).normalise
+
+
+def test_what_sentence_transformers_reads_is_an_encoder_whatever_head_is_named(folder, tmp_path):
+    made = recipe(folder, tmp_path / "out", pattern="2:4", reconstruct=0, refit=False)
+    settings = Path(made.model) / "config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"architectures": ["BertForMaskedLM"]}))
+    assert find_objective("auto", made.model, load_config(made.model)) == Embedding("mean", True)
+    assert "encoder.layer.0.output.dense" in describe(made.model)
+    record = run(made)
+    assert record["head"] == "encoder"
+    assert isinstance(kfac_prune.load(made.out), BertModel)
+    (Path(made.model) / "modules.json").unlink()
+    assert find_objective("auto", made.model, load_config(made.model)) == Tokens(causal=False)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"])
+def test_settings_under_older_names_are_kept(folder, tmp_path, kind):
+    source, _ = folder(sidecars=True)
+    (Path(source) / f"sentence_{kind}_config.json").write_text('{"max_seq_length": 24, "do_lower_case": true}')
+    save_side_files(source, tmp_path / "out")
+    name = f"sentence_{kind}_config.json"
+    assert (tmp_path / "out" / name).read_bytes() == (Path(source) / name).read_bytes()
 
 
 def test_unknown_modules_are_refused(folder):
