@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from kfac_prune.bench import Bench, PrunedCopy
 from kfac_prune.block_training import Reconstruction
 from kfac_prune.compare_report import Row, label_of, own_seconds, picture, table
@@ -20,6 +22,7 @@ from kfac_prune.config import SEQUENCE_METHODS, parse_pattern
 from kfac_prune.curvature.sequences import check_memory
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
+from kfac_prune.experts import ExpertLinear, mean_share
 from kfac_prune.figures import HOW_TO_GET
 from kfac_prune.inputs import Inputs, load_data, load_inputs, resolve_device
 from kfac_prune.loading import load_config
@@ -33,7 +36,7 @@ from kfac_prune.report import versions
 from kfac_prune.store import Ledger, check_output, content_hash, earlier_result
 
 #: Of cells.jsonl; rises when a field changes its meaning.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 #: What the header tells of the dense model, and every line of a cell.
 DENSE = {"loss", "perplexity", "tokens", "parameters", "multiply_adds"}
 CELL = {
@@ -44,7 +47,7 @@ CELLS, TABLE, PICTURE = "cells.jsonl", "table.txt", "curves.png"
 
 
 def compare(comparison: Comparison, *, echo: Callable[[str], None] = print, quiet: bool = True) -> list[Row]:
-    """Measure every cell that the output folder does not hold yet; write table and picture of all that were asked for.
+    """Measure every cell that the output folder does not hold yet; write table and picture of all that it then holds.
 
     Args:
         comparison: what to compare.
@@ -52,7 +55,7 @@ def compare(comparison: Comparison, *, echo: Callable[[str], None] = print, quie
         quiet: show no progress bars.
 
     Returns:
-        The cells, one row each: figures, seconds, memory, versions.
+        The cells that were asked for, one row each: figures, seconds, memory, versions.
 
     Raises:
         InputError: something about the input is wrong, or the folder holds something else.
@@ -132,14 +135,15 @@ def _ledger(path: Path, comparison: Comparison, inputs: Inputs) -> Ledger:
     before = _checked(ledger)
     if before is None:
         bench = _bench(inputs, comparison, comparison.recipe.seed, quiet=True)
-        weights = sum(layer.weight.numel() for layer in prunable_layers(inputs.model))
-        head = inputs.model.get_output_embeddings()
+        model = inputs.model
+        products = round(sum(_share(model, layer.name) * layer.weight.numel() for layer in prunable_layers(model)))
+        head = model.get_output_embeddings()
         dense = {
             "loss": bench.dense.loss,
             "perplexity": bench.dense.perplexity,
             "tokens": bench.dense.tokens,
-            "parameters": inputs.model.num_parameters(),
-            "multiply_adds": weights + (head.weight.numel() if head is not None else 0),
+            "parameters": model.num_parameters(),
+            "multiply_adds": products + (head.weight.numel() if head is not None else 0),
         }
         ledger.begin({"protocol": protocol, "dense": dense})
     elif changed := [name for name in {**before, **protocol} if before.get(name) != protocol.get(name)]:
@@ -246,17 +250,26 @@ def _run(
         )
 
 
+def _share(model: PreTrainedModel, name: str) -> float:
+    """Of all tokens, that a layer is multiplied with: all, or of an expert those that are routed to it on average."""
+    if not isinstance(model.get_submodule(name), ExpertLinear):
+        return 1.0
+    experts: Any = model.get_submodule(name.rsplit(".", 2)[0])
+    return mean_share(model, experts.num_experts)
+
+
 def _figures(bench: Bench, copy: PrunedCopy, ledger: Ledger) -> Row:
     """What is measured of a pruned copy."""
     quality, plan = copy.measure(), copy.plan
     assert ledger.header is not None
     dense = ledger.header["dense"]
-    removed = sum(int((~layer.mask).sum()) for layer in plan.layers)
+    removed = {layer.name: int((~layer.mask).sum()) for layer in plan.layers}
+    weights, products = sum(removed.values()), sum(_share(bench.model, name) * n for name, n in removed.items())
     return {
         "allocation": plan.allocation,
         "sparsity": plan.sparsity,
-        "compression": dense["parameters"] / (dense["parameters"] - removed),
-        "speed_up": dense["multiply_adds"] / (dense["multiply_adds"] - removed),
+        "compression": dense["parameters"] / (dense["parameters"] - weights),
+        "speed_up": dense["multiply_adds"] / (dense["multiply_adds"] - products),
         "loss": quality.loss,
         "perplexity": quality.perplexity,
         "kl": quality.kl,

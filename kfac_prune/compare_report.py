@@ -24,16 +24,19 @@ def own_seconds(row: Row) -> float:
     return sum(value for name, value in seconds.items() if name not in SHARED_STAGES)
 
 
-def label_of(row: Row) -> str:
-    """The name of a cell's method in table and picture."""
-    return row["method"] if row["repair"] == "none" else f"{row['method']} + {row['repair']}"
+def label_of(row: Row, *, epochs: bool = False) -> str:
+    """The name of a cell's method in table and picture, with the epochs of its repair where they tell cells apart."""
+    if row["repair"] == "none":
+        return str(row["method"])
+    return f"{row['method']} + {row['repair']}" + (f" ({row['epochs']})" if epochs else "")
 
 
 def _groups(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    """The rows of every method and level, whatever the seed, in their order."""
+    """The rows of every method, repair and level, whatever the seed, in their order."""
+    several = len({row["epochs"] for row in rows if row["repair"] != "none"}) > 1
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        found.setdefault((row["level"], label_of(row)), []).append(row)
+        found.setdefault((row["level"], label_of(row, epochs=several)), []).append(row)
     return found
 
 
@@ -50,18 +53,18 @@ def table(dense: Row, rows: Sequence[Row]) -> str:
         dense: figures of the dense model.
         rows: as ``compare`` returns them.
     """
-    seeds = len({row["seed"] for row in rows})
 
     def figure(some: Sequence[Row], name: str, form: str) -> str:
         middle, spread = _average(some, name)
-        return format(middle, form) + (f" ±{spread:{form}}" if seeds > 1 else "")
+        return format(middle, form) + (f" ±{spread:{form}}" if len(some) > 1 else "")
 
+    groups = _groups(rows)
     lines = [
         ("level", "method", "sparsity", "compr.", "speed-up", "loss", "perplexity", "KL", "predicted KL", "seconds",
          "peak GB"),
         ("dense", "", "0.0%", "1.00x", "1.00x", f"{dense['loss']:.4f}", f"{dense['perplexity']:.2f}", "0", "", "", ""),
     ]  # fmt: skip
-    for (level, label), some in _groups(rows).items():
+    for (level, label), some in groups.items():
         lines.append((
             level,
             label,
@@ -85,12 +88,14 @@ def table(dense: Row, rows: Sequence[Row]) -> str:
         "reconstruction.",
         f"compr. = {dense['parameters']:,} parameters over those left; speed-up = {dense['multiply_adds']:,} "
         "multiply-adds of weights per token",
-        "over those left (theoretical; the products within attention are not counted).",
+        "over those left (theoretical; experts by their mean share of tokens; products within attention not counted).",
         f"Seconds of planning and repair; shared by all methods of a seed: {shared}. Peak memory of the process, per "
         "cell.",
     ]
-    if seeds > 1:
-        notes.append(f"Means of {seeds} seeds (calibration windows and sampled labels) ± standard deviation.")
+    seeds = sorted({len(some) for some in groups.values()})
+    if seeds[-1] > 1:
+        many = " or ".join(map(str, seeds))
+        notes.append(f"Means of {many} seeds (calibration windows and sampled labels) ± standard deviation.")
     return "\n".join([*text, "", *notes])
 
 
@@ -107,7 +112,12 @@ def picture(dense: Row, rows: Sequence[Row], path: Path, *, title: str) -> bool:
         False without matplotlib.
     """
     groups = _groups(rows)
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+    least = min((row["epochs"] for row in rows if row["epochs"]), default=0)
+
+    def tint(row: Row) -> tuple[str, int]:  # what is reconstructed for longer than others has a colour of its own
+        return row["method"], max(row["epochs"], least)
+
+    tints = list(dict.fromkeys(map(tint, rows)))
     labels = dict.fromkeys(label for _, label in groups)
 
     def curves(x: str, y: str) -> list[Curve]:
@@ -124,7 +134,7 @@ def picture(dense: Row, rows: Sequence[Row], path: Path, *, title: str) -> bool:
                     [(_average(g, x)[0], _average(g, y)[0]) for g in lines],
                     spread=spread if any(spread) else (),
                     marks=[(_average(g, x)[0], _average(g, y)[0]) for g in marks],
-                    color=COLORS[methods.index(some[0][0]["method"]) % len(COLORS)],
+                    color=COLORS[tints.index(tint(some[0][0])) % len(COLORS)],
                     dashed=some[0][0]["repair"] != "none",
                 )
             )

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 logger = logging.getLogger("kfac_prune")
 
@@ -110,6 +111,13 @@ def routers(model: nn.Module) -> list[nn.Linear]:
             if ROUTERS & set(name.split(".")) and outputs in {1, *counts}:
                 found.append(module)
     return found
+
+
+def mean_share(model: PreTrainedModel, experts: int) -> float:
+    """Of all tokens, that one of so many experts sees on average: experts per token over experts."""
+    config = model.config.get_text_config()
+    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_top_k", None) or 1
+    return min(chosen / experts, 1.0)
 
 
 def tokens_of(module: nn.Module) -> Tensor | None:

@@ -6,8 +6,9 @@ import re
 import sys
 
 import pytest
-from letters import LETTERS, save_llama
-from transformers import BertConfig, BertForMaskedLM
+import torch
+from letters import LETTERS, letter_tokenizer, save_llama
+from transformers import BertConfig, BertForMaskedLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from kfac_prune import compare as comparing
 from kfac_prune.bench import Bench
@@ -128,6 +129,44 @@ def test_table_and_picture(here):
 def test_one_seed_shows_no_spread(here):
     rows = compare(comparison(), echo=lambda text: None)
     assert "±" not in table({"loss": 1.0, "perplexity": 2.7, "tokens": 3, "parameters": 4, "multiply_adds": 5}, rows)
+
+
+def test_a_spread_is_shown_where_a_cell_has_several_seeds(here):
+    compare(comparison(["wanda"], ["50%"], seeds=2), echo=lambda text: None)
+    compare(comparison(["magnitude"], ["50%"]), echo=lambda text: None)
+    text = (here / "out" / "table.txt").read_text()
+    spread = {
+        name: "±" in line for name in ("wanda", "magnitude") for line in re.findall(rf"^50% +{name} .*$", text, re.M)
+    }
+    assert spread == {"wanda": True, "magnitude": False}
+    assert "Means of 1 or 2 seeds" in text
+
+
+def test_other_epochs_are_no_further_seed(here):
+    rows = [row for epochs in (1, 3) for row in compare(comparison(["kfac"], ["50%"], reconstruct=epochs), echo=str)]
+    text = (here / "out" / "table.txt").read_text()
+    assert "±" not in text
+    for row in rows:
+        name = "kfac" if row["repair"] == "none" else f"kfac + reconstruction ({row['epochs']})"
+        (line,) = re.findall(rf"^50% +{re.escape(name)}  +\d.*$", text, re.M)
+        assert f" {row['kl']:.4f} " in line
+
+
+def test_experts_multiply_their_share_of_the_tokens(here):
+    """Two of four experts per token: half of their weights are multiplied with a token."""
+    config = Qwen3MoeConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=64, moe_intermediate_size=32, num_experts=4,
+        num_experts_per_tok=2, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(config).save_pretrained("experts")
+    letter_tokenizer().save_pretrained("experts")
+    (row,) = compare(comparison(["magnitude"], ["50%"], model="experts"), echo=str)
+    attention, expert = 32 * (32 + 16 + 16 + 32), 3 * 32 * 32
+    dense = 2 * (attention + 2 * expert) + 40 * 32
+    assert json.loads((here / "out" / "cells.jsonl").read_text().splitlines()[0])["dense"]["multiply_adds"] == dense
+    assert row["speed_up"] == pytest.approx(dense / (attention + 2 * expert + 40 * 32))
 
 
 def test_without_matplotlib_the_table_is_made_and_the_remedy_told(here, monkeypatch):

@@ -23,7 +23,7 @@ from kfac_prune.costs.work import Work, counted, total
 from kfac_prune.curvature.estimate import draw_all, frozen
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError, reason
-from kfac_prune.experts import MATRICES, can_be_split
+from kfac_prune.experts import MATRICES, can_be_split, mean_share
 from kfac_prune.models import Layer, find_blocks, only_trained, prunable_layers
 from kfac_prune.objective import Objective
 from kfac_prune.products import approximately
@@ -283,19 +283,14 @@ class DryRun:
 
 
 def expert_matrices(model: PreTrainedModel) -> list[Matrix]:
-    """Experts that transformers stores as parameters of three dimensions, each a layer that sees its share of tokens.
-
-    The share is what the router gives on average: experts per token over experts.
-    """
-    config = model.config.get_text_config()
-    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_top_k", None) or 1
+    """Experts that transformers stores as parameters of three dimensions, each a layer that sees its mean share."""
     found = []
     for name, module in model.named_modules():
         if can_be_split(module):
             for expert in range(len(module.down_proj)):
                 for matrix in MATRICES:
                     shape = getattr(module, matrix).shape
-                    share = min(chosen / shape[0], 1.0)
+                    share = mean_share(model, shape[0])
                     found.append(Matrix(f"{name}.{expert}.{matrix}", (shape[1], shape[2]), share))
     return found
 
