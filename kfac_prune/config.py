@@ -301,8 +301,8 @@ class Recipe:
         """The options of structured pruning fit together."""
         own = {name: getattr(self, name) for name in ("target_params", "target_latency", "widths", "multiple")}
         given = [name for name, value in own.items() if value is not None]
-        if self.shots is not None and self.shots < 1:
-            raise InputError(f"shots is {self.shots}; it must be above 0")
+        if self.shots is not None and not 0 < self.shots <= 1000:
+            raise InputError(f"shots is {self.shots}; it must be above 0 and at most 1000")
         if self.structured is None:
             if given:
                 raise InputError(f"{given[0]} is an option of structured pruning; add structured, such as 'ffn,heads'")
@@ -335,6 +335,11 @@ class Recipe:
     def kinds(self) -> tuple[str, ...]:
         """The kinds of groups that ``structured`` names."""
         return tuple(part.strip() for part in (self.structured or "").split(",") if part.strip())
+
+    @property
+    def cuts(self) -> int | None:
+        """Of a resolved recipe, the shots in which a smaller model is cut; None leaves them to what they lose."""
+        return self.shots or (1 if self.reconstruct else None)  # before a reconstruction more bring little
 
     def resolved(self) -> Recipe:
         """The same recipe with all that a rule decides filled in."""

@@ -299,7 +299,7 @@ def _smaller(job: Job) -> tuple[Shrunk, list[dict[str, Any]]]:
     target = target_of(job, groups)
     settings = Settings(
         method=method,
-        shots=recipe.shots or (1 if recipe.reconstruct else None),  # before a reconstruction more bring little
+        shots=recipe.cuts,
         refit=recipe.refit,
         multiple=recipe.multiple,
         damping=Damping(recipe.damping),

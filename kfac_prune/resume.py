@@ -65,8 +65,7 @@ def journal_of(recipe: Recipe, model: PreTrainedModel, calibration: Windows) -> 
         calibration: windows.
     """
     fields = {name: value for name, value in asdict(recipe).items() if name not in ELSEWHERE}
-    if not recipe.structured:
-        del fields["shots"]  # they come after the plan
+    fields["shots"] = recipe.cuts if recipe.structured else None  # of sparse weights, they come after the plan
     if recipe.target_latency is not None:
         fields["device"] = recipe.device
     weights = ranks.told(content_hash(model.state_dict()) if ranks.leads() else "")

@@ -341,6 +341,14 @@ def test_there_is_at_least_one_shot(structured):
         recipe(shots=0, structured=structured)
 
 
+@pytest.mark.parametrize("shots", [1001, 10**400])
+@pytest.mark.parametrize("structured", [None, "ffn"])
+def test_there_is_a_limit_to_shots(structured, shots):
+    assert recipe(shots=1000, structured=structured).shots == 1000
+    with pytest.raises(InputError, match=r"^shots is 10*1?; it must be above 0 and at most 1000"):
+        recipe(shots=shots, structured=structured)
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [

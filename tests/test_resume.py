@@ -242,6 +242,20 @@ def test_a_smaller_model_is_not_made_twice(fields, place, tmp_path, monkeypatch)
         run(recipe(place, tmp_path / "third", resume=True, **SMALLER, **fields | {"shots": 3}))
 
 
+def test_a_smaller_model_that_was_cut_for_other_repairs_is_not_taken(place, tmp_path, monkeypatch):
+    """Without a reconstruction several shots are tried, before one a single shot is taken."""
+    fields = {**SMALLER, "structured": "ffn", "refit": True}
+    stopped(recipe(place, tmp_path / "out", **fields, reconstruct=0), monkeypatch)
+    with pytest.raises(InputError, match=r"shrink-model.safetensors is from another run"):
+        run(recipe(place, tmp_path / "out", **fields, reconstruct=1, resume=True))
+    stopped(recipe(place, tmp_path / "two", **fields, reconstruct=1), monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "prune_structured", None)
+        run(recipe(place, tmp_path / "two", **fields, reconstruct=2, resume=True))
+    run(recipe(place, tmp_path / "whole", **fields, reconstruct=2))
+    assert bytes_of(tmp_path / "two") == bytes_of(tmp_path / "whole")
+
+
 class TestFiles:
     @pytest.fixture(
         params=["plan-all-layers.safetensors", "plan-layer-model.layers.0.mlp.up_proj.safetensors"],
