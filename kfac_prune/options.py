@@ -24,9 +24,9 @@ def check_text(name: str, text: str) -> None:
         raise InputError(f"{name} is {shown(text)}; it must be UTF-8 text without NUL characters")
 
 
-def option(default: Any, text: str, *, choices: tuple[str, ...] = (), short: str = "") -> Any:
+def option(default: Any, text: str, *, choices: tuple[str, ...] = ()) -> Any:
     """A field that is also a command-line option: its default, its help and its choices."""
-    return field(default=default, metadata={"help": text, "choices": choices, "short": short})
+    return field(default=default, metadata={"help": text, "choices": choices})
 
 
 def check_type(f: dataclasses.Field[Any], value: Any) -> None:
