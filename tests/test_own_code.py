@@ -80,4 +80,6 @@ def test_widths_per_layer_are_refused_before_any_work(recipe, tmp_path, monkeypa
     monkeypatch.setattr(prune, "estimate_factors", None)
     with pytest.raises(InputError, match=r"no per-layer plan: the code of OwnForCausalLM .* use --widths uniform"):
         run(recipe(structured="ffn", widths="per-layer"))
+    with pytest.raises(InputError, match=r"--target-latency cannot time blocks: the code of Own.*; use --sparsity or"):
+        run(recipe(structured="ffn", target_latency=1e-3))
     assert not (tmp_path / "out").exists()

@@ -28,7 +28,7 @@ from kfac_prune.stream import BlockStack
 from kfac_prune.structure.curves import Option, interpolated
 from kfac_prune.structure.groups import AttentionHeads, ExpertUnits, FfnUnits, Group, Member, same_kinds
 from kfac_prune.structure.prune import Target
-from kfac_prune.structure.shrink import Cut, shrink
+from kfac_prune.structure.shrink import CannotBeStored, Cut, auto_class, base_class, shrink
 
 #: Tokens generated when decoding is timed.
 DECODED = 16
@@ -178,13 +178,17 @@ def latency_target(model: PreTrainedModel, groups: Sequence[Group], length: int,
     """Bring the forward pass over one window [1, length] down to so many milliseconds on this device.
 
     Raises:
-        InputError: the dense model is that fast already, or has experts.
+        InputError: the dense model is that fast already, has experts, or code of its own.
     """
     if any(isinstance(group, ExpertUnits) for group in groups):
         raise InputError(
             "--target-latency cannot tell how long experts take: it depends on how many tokens reach each; use "
             "--sparsity or --target-params, or --structured heads"
         )
+    try:
+        auto_class(base_class(model))
+    except CannotBeStored as error:  # one block is timed at sizes of its own
+        raise InputError(f"--target-latency cannot time blocks: {error}; use --sparsity or --target-params") from error
     (dense,) = ranks.told(speeds([model], length))
     if wanted_ms >= dense.prefill_ms:
         raise InputError(
