@@ -33,7 +33,7 @@ from kfac_prune.obs import NM
 from kfac_prune.operators import Damping
 from kfac_prune.protocol import Comparison, Trial
 from kfac_prune.report import versions
-from kfac_prune.store import Ledger, check_output, content_hash, earlier_result
+from kfac_prune.store import Ledger, check_apart, check_output, content_hash, earlier_result
 
 #: Of cells.jsonl; rises when a field changes its meaning.
 FORMAT_VERSION = 2
@@ -63,6 +63,7 @@ def compare(comparison: Comparison, *, echo: Callable[[str], None] = print, quie
     recipe = replace(comparison.recipe, device=resolve_device(comparison.recipe.device))
     foreign = "holds other files than a comparison's; choose another folder"
     check_output(recipe.out, overwrite=earlier_result(recipe.out, (CELLS, "*")), occupied=foreign)
+    check_apart(recipe.out, {"model": recipe.model, "data": recipe.data, "eval_data": recipe.eval_data})
     folder = Path(recipe.out).expanduser()
     config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
     objective = find_objective(recipe.objective, recipe.model, config)

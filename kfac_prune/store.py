@@ -85,7 +85,7 @@ def earlier_result(out: str, names: Sequence[str]) -> bool:
 
 
 def check_apart(out: str, inputs: Mapping[str, str | None]) -> None:
-    """A folder that may be replaced neither is nor holds an input of the run.
+    """A folder that is written neither is nor holds an input of the run, nor lies within one.
 
     Args:
         out: the folder, which ``check_output`` has accepted.
@@ -94,8 +94,12 @@ def check_apart(out: str, inputs: Mapping[str, str | None]) -> None:
     target = Path(out).expanduser().resolve()
     for name, source in inputs.items():
         path = os.path.expanduser(source or "")
-        if source and os.path.exists(path) and Path(path).resolve().is_relative_to(target):
+        if not source or not os.path.exists(path):
+            continue
+        if Path(path).resolve().is_relative_to(target):
             raise InputError(f"--out {out} is or holds the {name} {source}, which would be lost; choose another folder")
+        if target.is_relative_to(Path(path).resolve()):
+            raise InputError(f"--out {out} lies within the {name} {source}; choose a folder outside of it")
 
 
 #: Names with which the files of a work folder begin; a plan goes before the layers that it refers to.

@@ -324,6 +324,7 @@ def bert(here):
         (bert, [], "objective: model computes"),
         (foreign, [], "--out out holds other files than a comparison's; choose another folder"),
         (foreign, ["--overwrite"], "--out out holds other files than a comparison's; choose another folder"),
+        (None, ["--out", "model/sub"], "--out model/sub lies within the model model"),
         (None, ["--out", "~no-such-user/out"], "--out ~no-such-user/out cannot be created"),
         (broken, [], "cells.jsonl cannot be read"),
     ],
