@@ -32,6 +32,7 @@ from kfac_prune.permute import Permuted, permute_model
 from kfac_prune.plan import experts_told, make_plan, prune
 from kfac_prune.probe import Probe
 from kfac_prune.quality import evaluate
+from kfac_prune.recipe_file import from_anywhere
 from kfac_prune.reconstruction import reconstruct_sparse, table
 from kfac_prune.recovery import recover
 from kfac_prune.refitting import Refitted, refit
@@ -121,7 +122,7 @@ def _written(job: Job, outcome: Outcome, device: str) -> dict[str, Any]:
             job.stages,
             own_part=loading | outcome.record,
         )
-        again = replace(recipe, device=device, resume=False, overwrite=False)
+        again = replace(from_anywhere(recipe), device=device, resume=False, overwrite=False)
         (folder / "recipe.yaml").write_text(again.to_yaml(), encoding="utf-8")
         (folder / "kfac_prune.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card(recipe, record), encoding="utf-8")

@@ -1,8 +1,9 @@
-"""A recipe as a YAML file, read: plain values only, every field once."""
+"""A recipe as a YAML file, read (plain values only, every field once), and its paths as one holds them."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,14 @@ class _RecipeLoader(yaml.SafeLoader):
             if isinstance(key, str) and keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"{shown(key)} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+def from_anywhere(recipe: Recipe) -> Recipe:
+    """The same recipe with absolute paths, which repeats its run from any folder; names of the hub stay."""
+    named = {name: os.path.expanduser(getattr(recipe, name) or "") for name in ("model", "data", "eval_data", "out")}
+    local = {name: path for name, path in named.items() if name == "out" or os.path.exists(path)}
+    paths: Any = {name: os.path.abspath(path) for name, path in local.items()}
+    return dataclasses.replace(recipe, **paths)
 
 
 def read_recipe(path: str) -> dict[str, Any]:
