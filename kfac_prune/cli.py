@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -141,10 +142,14 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     for name in ("data", "out"):
         _add_option(compare, _field(name), required=True)
+    own = {
+        "damping": "added to each curvature factor, as a fraction of its mean diagonal, in (0, 1]; default: 0.03",
+        "overwrite": "begin anew in the place of the cells that --out holds",
+    }
     for name in ("eval_data", "separator", "text_field", "samples", "eval_samples", "seqlen", "batch_size",
                  "reconstruct_unit", "include", "ignore", "damping", "fisher", "seed", "device", "dtype", "overwrite",
                  "trust_remote_code"):  # fmt: skip
-        _add_option(compare, _field(name))
+        _add_option(compare, _field(name), text=own.get(name))
     compare.set_defaults(run=_compare, interrupted="finished cells are in --out, and the same command goes on")
 
     evaluate = commands.add_parser(
@@ -175,8 +180,8 @@ def build_parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="prune a small model that comes with the package by three methods and compare; needs no network",
-        description="Prune the small packaged language model at 50 %%, 70 %% and 2:4 by magnitude, by the layer-wise "
-        "method and by K-FAC, and write a table and a picture. Takes about a minute on two cores.",
+        description="Prune the small packaged language model at 50, 60, 70 and 80 % and at 2:4 by magnitude, by the "
+        "layer-wise method and by K-FAC, and write a table and a picture. Takes about a minute on two cores.",
     )
     demo.add_argument(
         "--out", default="kfac-prune-demo", help="folder for table, picture and model; default: %(default)s"
@@ -202,10 +207,25 @@ def _field(name: str) -> dataclasses.Field[Any]:
     return next(f for f in dataclasses.fields(Recipe) if f.name == name)
 
 
-def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], *, required: bool = False) -> None:
-    """Add the option of a recipe field; without it the namespace stays without the name (recipe or default rule)."""
+def _number(text: str) -> float:
+    """A number with a point; the type of an option."""
+    try:
+        return float(text)
+    except ValueError as error:
+        share = re.fullmatch(r"([0-9.]+) ?%", text)
+        hint = f"; {text} is {float(share[1]) / 100:g}" if share and share[1].count(".") < 2 else ""
+        raise argparse.ArgumentTypeError(f"invalid number: {text!r}{hint}") from error
+
+
+def _add_option(
+    parser: argparse.ArgumentParser, field: dataclasses.Field[Any], *, required: bool = False, text: str | None = None
+) -> None:
+    """Add the option of a recipe field; without it the namespace stays without the name (recipe or default rule).
+
+    ``text`` is its help where that is another than in ``prune``.
+    """
     flag = "--" + field.name.replace("_", "-")
-    text = field.metadata["help"].replace("%", "%%")
+    text = (text or field.metadata["help"]).replace("%", "%%")
     kind = str(field.type).replace(" | None", "")
     if kind == "bool":
         if field.default is None:  # on or off by a rule that the help states
@@ -220,7 +240,7 @@ def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], 
     if kind.startswith("tuple"):
         extra = {"action": "append", "metavar": "PATTERN"}
     elif kind in ("int", "float"):
-        extra |= {"type": {"int": int, "float": float}[kind], "metavar": "N" if kind == "int" else "X"}
+        extra |= {"type": {"int": int, "float": _number}[kind], "metavar": "N" if kind == "int" else "X"}
     parser.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, required=required, help=text, **extra)
 
 

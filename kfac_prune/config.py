@@ -71,7 +71,7 @@ class Recipe:
         "auto",
         "what the model should go on computing: the distribution of tokens, that of classes, or the sentence embedding "
         "(½ squared distance of the vectors); for the last two every document is one sequence; auto = what the "
-        "checkpoint's architecture is for",
+        "checkpoint's architecture is for, or an embedding where files of sentence-transformers come with it",
         choices=("auto", "tokens", "classes", "embedding"),
     )
     eval_data: str | None = option(
@@ -165,7 +165,7 @@ class Recipe:
         0,
         "at the end, epochs over the calibration windows in which all weights that are left learn together to give the "
         "dense model's outputs, masks fixed; needs memory for training the whole model; stops early, and reported "
-        "apart from the one-shot figures; default: 0, off",
+        "apart from the one-shot figures; 0 = off",
     )
     streams: str = option(
         "cpu",
@@ -174,7 +174,7 @@ class Recipe:
         choices=("cpu", "device", "disk"),
     )
     include: tuple[str, ...] = option(
-        (), "only prune layers whose name matches this shell pattern (repeatable); default: all"
+        (), "take only layers whose name matches this shell pattern (repeatable); default: all"
     )
     ignore: tuple[str, ...] = option(
         (), "leave layers dense whose name matches this shell pattern (repeatable); default: none"
@@ -208,9 +208,15 @@ class Recipe:
     skip_bad_batches: bool = option(
         False, "leave out, and count, calibration batches on which the model computes NaN or infinity"
     )
-    overwrite: bool = option(False, "replace --out if it holds an earlier result")
+    overwrite: bool = option(
+        False,
+        "replace --out, if it holds an earlier result, once the new one is complete; and begin anew: what an "
+        "interrupted run has left in OUT.work is dropped, unless there is --resume",
+    )
     resume: bool = option(
-        False, "go on where an interrupted run with the same options had got to, from what it left in OUT.work"
+        False,
+        "go on where an interrupted run with the same options had got to, from what it left in OUT.work; also with "
+        "--overwrite, which then only lets an earlier result in --out be replaced",
     )
     trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
 
@@ -234,7 +240,8 @@ class Recipe:
         if self.seed >= 2**63:
             raise InputError(f"seed is {self.seed}; it must be at least 0 and below 2^63")
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
-            raise InputError(f"sparsity is {self.sparsity}; it must be at least 0 and below 1")
+            hint = f" ({self.sparsity:g} % is {self.sparsity / 100:g})" if 1 < self.sparsity < 100 else ""
+            raise InputError(f"sparsity is {self.sparsity}; it must be at least 0 and below 1{hint}")
         if self.damping is not None and not 0 < self.damping <= 1:
             raise InputError(f"damping is {self.damping}; it must be above 0 and at most 1")
         if self.permute and self._implied is None:

@@ -180,8 +180,8 @@ def load_data(
         stream, held, name = stream[:cut], stream[cut:], f"the last tenth of {recipe.data}"
     if len(held) < recipe.seqlen:
         raise InputError(
-            f"{name} gives {len(held)} tokens to measure on; a window needs {recipe.seqlen}: "
-            "add text, name --eval-data, or lower --seqlen"
+            f"{name} gives {len(held)} tokens to measure on; a window needs {recipe.seqlen}: add text, "
+            f"{'' if recipe.eval_data else 'name --eval-data, '}or lower --seqlen"
         )
     count = min(recipe.eval_samples, len(held) // recipe.seqlen)
     return (

@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -62,7 +63,7 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
         if not isinstance(content, dict):
             raise InputError(f"{source}/config.json holds {type(content).__name__}, not an object of settings")
     elif source.startswith((".", "/", "~")) or source.endswith("/") or source.count("/") > 1:
-        raise InputError(f"there is no model folder {source}")
+        raise InputError(f"there is no model folder {source}{'' if folder.is_absolute() else f' in {Path.cwd()}'}")
     try:
         config = AutoConfig.from_pretrained(str(folder) if exists else source, trust_remote_code=trust_remote_code)
     except Exception as error:  # a wrong value, a wrong type and a failing network each have their own types there
@@ -70,8 +71,10 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
             raise InputError(
                 f"{source} comes with code of its own, which runs only with --trust-remote-code"
             ) from error
-        what = "/config.json cannot be used" if exists else " is neither a local model folder nor a hub model to be had"
-        raise InputError(f"{source}{what}: {reason(error)}") from error
+        if exists:
+            raise InputError(f"{source}/config.json cannot be used: {reason(error)}") from error
+        what = f"neither a local model folder nor a hub model to be had: there is no such folder in {Path.cwd()}"
+        raise InputError(f"{source} is {what}, and the hub library says: {reason(error)}") from error
     for name, kind in (("architectures", list), ("auto_map", dict)):
         if not isinstance(getattr(config, name, None) or kind(), kind):
             raise InputError(
@@ -212,10 +215,13 @@ def load_model(
     except InputError:
         raise
     except Exception as error:  # safetensors, torch and the hub raise unrelated types for broken files
-        raise InputError(f"the weights of {source} cannot be loaded: {reason(error)}") from error
+        raise InputError(f"the weights of {source} cannot be loaded: {_why(folder, error)}") from error
     model, report = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)  # as asked for by output_loading_info
     if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
-        raise InputError(f"the checkpoint {source} lacks {len(missing)} of the model's tensors, such as {missing[0]}")
+        raise InputError(
+            f"the checkpoint {source} lacks {len(missing)} of the model's tensors, such as {missing[0]}; fetch it "
+            "again, whole, or see whether its config.json is that of another model"
+        )
     for name, stored, wanted in sorted(report["mismatched_keys"]):
         raise InputError(
             f"the checkpoint {source} has {name} as {list(stored)}; its config.json makes it {list(wanted)}"
@@ -228,6 +234,18 @@ def load_model(
             raise InputError(f"{source}: weight {name} holds NaN or infinity; the checkpoint is broken")
     model.to(device)  # type: ignore[arg-type]  # the stubs confuse the overloads
     return cast(PreTrainedModel, model.eval())
+
+
+def _why(folder: Path, error: Exception) -> str:
+    """Why weights cannot be loaded, with the file of a local checkpoint that is broken, if any, and what to do."""
+    again = "the download may be incomplete: fetch the checkpoint again"
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                continue
+        except Exception as broken:  # a header of any content raises what the library happens to raise
+            return f"{file.name} is not whole ({reason(broken)}); {again}"
+    return f"{reason(error).rstrip('.')}; {again}" if isinstance(error, OSError) else reason(error)
 
 
 def _check_files(source: str, folder: Path) -> None:
@@ -271,10 +289,17 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTraine
             str(folder) if folder.exists() else source, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # as for the weights
-        raise InputError(f"{source} has no usable tokenizer (tokenizer.json or its like): {reason(error)}") from error
+        told = "backend tokenizer from one of" not in str(error)  # which lists what its own code was given
+        raise InputError(f"{source} has no usable tokenizer: {reason(error) if told else _NO_TOKENIZER}") from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of missing files
-        raise InputError(f"{source} has no usable tokenizer: its files are missing, or its vocabulary is empty")
+        raise InputError(f"{source} has no usable tokenizer: {_NO_TOKENIZER}")
     return tokenizer
+
+
+_NO_TOKENIZER = (
+    "its files are missing, or its vocabulary is empty; put those of the model's own tokenizer there (tokenizer.json "
+    "and tokenizer_config.json)"
+)
 
 
 def context_length(model: PreTrainedModel) -> int | None:

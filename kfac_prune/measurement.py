@@ -52,16 +52,16 @@ def measure(recipe: Recipe, *, dense_source: str | None = None, quiet: bool = Tr
     windows = evaluation_windows(recipe, tokenizer, objective)
     model = load_model(recipe.model, **options)
     dense = load_model(dense_source, **options) if dense_source is not None else None
+    if dense is not None and vocabulary_size(dense) != vocabulary_size(model):
+        raise InputError(
+            f"{recipe.model} knows {vocabulary_size(model)} tokens and --dense {dense_source} "
+            f"{vocabulary_size(dense)}: no KL between two vocabularies; name the model that it was pruned from"
+        )
     for one in (model, dense):
         if one is not None:
             split_experts(one)
             check_tokens(one, windows)
             check_runs(one, windows, objective)
-    if dense is not None and vocabulary_size(dense) != vocabulary_size(model):
-        raise InputError(
-            f"{recipe.model} knows {vocabulary_size(model)} tokens and {dense_source} {vocabulary_size(dense)}: "
-            "not the same vocabulary, so there is no KL between them"
-        )
     measured: Any = {"objective": objective, "batch_size": recipe.batch_size, "quiet": quiet}
     quality = evaluate(model, windows, dense=dense, **measured)
     layers = prunable_layers(model)

@@ -297,7 +297,7 @@ def model_card(recipe: Recipe, record: dict[str, Any]) -> str:
             f"The remaining weights were adjusted {how},\n"
             f"allocation `{record['allocation']}`, {record['calibration']['tokens']:,} calibration tokens)."
         )
-        note = " Zeros alone make a model neither smaller nor faster on a server without kernels for their\npattern."
+        note = "Zeros alone make a model neither smaller nor faster on a server without kernels for their pattern.\n"
     if record["own_code"]:
         loads = "Its code comes with it:"
         if record.get("widths") == "per-layer":
@@ -320,8 +320,8 @@ tags: {tags}
 {loads}
 
 {load}
-`kfac-prune prune --recipe recipe.yaml --out ANOTHER` repeats the run; `kfac_prune.json` holds every figure.{note}
-"""
+`kfac-prune prune --recipe recipe.yaml --out ANOTHER` repeats the run; `kfac_prune.json` holds every figure.
+{note}"""
 
 
 def _loading(record: dict[str, Any], recipe: Recipe) -> tuple[str, str]:

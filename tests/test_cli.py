@@ -8,16 +8,19 @@ import random
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from letters import LETTERS, save_llama
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
 
 from kfac_prune import loading, pipeline
 from kfac_prune.cli import build_parser, main
 from kfac_prune.config import Recipe
+from kfac_prune.demo import LEVELS
+from kfac_prune.recipe_file import from_anywhere
 
 COMMANDS = ("prune", "estimate", "compare", "eval", "inspect", "demo", "theory")
 SMALL = ("--seqlen", "16", "--samples", "32", "--eval-samples", "8")
@@ -38,6 +41,24 @@ def listing(folder):
 
 
 # --- help and version
+
+
+def help_of(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_says_what_holds_for_the_command(capsys):
+    assert not [command for command in COMMANDS if "%%" in help_of(command, capsys)]
+    demo, compare = help_of("demo", capsys), help_of("compare", capsys)
+    assert [name for name in LEVELS if name.rstrip("%") not in demo] == []
+    assert "--structured" not in compare
+    assert "--overwrite begin anew" in compare
+    assert "only prune" not in help_of("inspect", capsys)
+    prune = help_of("prune", capsys)
+    assert "0 = off; default: 0 --streams" in prune
+    assert "dropped, unless there is --resume" in prune
 
 
 def subparsers(parser):
@@ -73,7 +94,7 @@ def test_exit_code_of_the_module():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == "kfac-prune: error: sparsity is 2.0; it must be at least 0 and below 1\n"
+    assert done.stderr == "kfac-prune: error: sparsity is 2.0; it must be at least 0 and below 1 (2 % is 0.02)\n"
 
 
 def test_these_are_the_commands():
@@ -159,6 +180,28 @@ def no_weights(here):
     (here / "model" / "model.safetensors").unlink()
 
 
+def sharded(here):
+    """The weights in two files; returns the second."""
+    model = AutoModelForCausalLM.from_pretrained(here / "model")
+    no_weights(here)
+    model.save_pretrained(here / "model", max_shard_size="40KB")
+    return here / "model" / "model-00002-of-00002.safetensors"
+
+
+def no_shard(here):
+    sharded(here).unlink()
+
+
+def half_shard(here):
+    path = sharded(here)
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def text_folder(here):
+    (here / "texts").mkdir()
+    (here / "text.txt").rename(here / "texts" / "text.txt")
+
+
 def other_shapes(here):
     edit_config(here, intermediate_size=64)
 
@@ -219,7 +262,7 @@ def nothing(here):
 
 # id: what is wrong, further arguments, what the message must hold, the last stage that may be told
 ERRORS = {
-    "model-missing": (nothing, ["./nowhere"], ["./nowhere", "no model folder"], None),
+    "model-missing": (nothing, ["./nowhere"], ["./nowhere", "no model folder ./nowhere in /"], None),
     "model-missing-deep": (nothing, ["a/b/c"], ["a/b/c", "no model folder"], None),
     "model-missing-slash": (nothing, ["nowhere/"], ["nowhere/", "no model folder"], None),
     "model-is-a-file": (nothing, ["text.txt"], ["text.txt", "no config.json"], None),
@@ -232,11 +275,13 @@ ERRORS = {
     "quantised": (quantised, [], ["model", "quantised"], None),
     "weights-nan": (broken_weight(float("nan")), [], ["model.layers.1.mlp.up_proj.weight", "NaN"], "load"),
     "weights-inf": (broken_weight(float("inf")), [], ["model.layers.1.mlp.up_proj.weight", "infinity"], "load"),
-    "weights-truncated": (truncated, [], ["weights of model cannot be loaded"], "load"),
-    "weights-missing": (no_weights, [], ["weights of model cannot be loaded", "model.safetensors"], "load"),
+    "weights-truncated": (truncated, [], ["cannot be loaded: model.safetensors is not whole", "fetch"], "load"),
+    "weights-missing": (no_weights, [], ["weights of model", "no file named model.safetensors", "fetch"], "load"),
     "weights-other-shapes": (other_shapes, [], ["model.layers.0.mlp.down_proj.weight as [32, 48]", "[32, 64]"], "load"),
-    "tensor-missing": (missing_tensor, [], ["model.layers.1.mlp.up_proj.weight"], "load"),
-    "tokenizer-missing": (no_tokenizer, [], ["model", "no usable tokenizer", "tokenizer.json"], "load"),
+    "shard-missing": (no_shard, [], ["cannot be loaded", "model-00002-of-00002.safetensors; ", "fetch"], "load"),
+    "shard-truncated": (half_shard, [], ["model-00002-of-00002.safetensors is not whole", "incomplete: fetch"], "load"),
+    "tensor-missing": (missing_tensor, [], ["model.layers.1.mlp.up_proj.weight; fetch it again, whole"], "load"),
+    "tokenizer-missing": (no_tokenizer, [], ["tokenizer: its files are missing", "(tokenizer.json and "], "load"),
     "tokenizer-broken": (broken_tokenizer, [], ["model", "no usable tokenizer"], "load"),
     "vocabulary": (small_vocabulary, [], ["token", "the model knows 8", "do not belong together"], "load"),
     "data-missing": (nothing, ["--data", "absent.txt"], ["absent.txt", "no such file"], "load"),
@@ -246,12 +291,14 @@ ERRORS = {
     "data-short": (write_text(b"a" * 100), [], ["text.txt", "10 tokens", "16"], "load"),
     "data-short-calibration": (short_data, ["--eval-data", "e.txt"], ["text.txt", "12 tokens"], "load"),
     "eval-data-missing": (nothing, ["--eval-data", "absent.txt"], ["absent.txt", "no such file"], "load"),
-    "eval-data-short": (short_eval_data, ["--eval-data", "e.txt"], ["e.txt", "3 tokens"], "load"),
+    "eval-data-short": (short_eval_data, ["--eval-data", "e.txt"], ["e.txt", "3 tokens", "add text, or lower"], "load"),
     "seqlen-over-context": (nothing, ["--seqlen", "65"], ["--seqlen is 65", "context is 64"], "load"),
     "seqlen-1": (nothing, ["--seqlen", "1"], ["seqlen is 1;"], None),
     "samples-0": (nothing, ["--samples", "0"], ["samples is 0;"], None),
     "seed-huge": (nothing, ["--seed", "99999999999999999999"], ["seed is 99999999999999999999;"], None),
     "sparsity-1": (nothing, ["--sparsity", "1.0"], ["sparsity is 1.0;"], None),
+    "sparsity-percent": (nothing, ["--sparsity", "50%"], ["--sparsity: invalid number: '50%'; 50% is 0.5;"], None),
+    "sparsity-of-100": (nothing, ["--sparsity", "50"], ["sparsity is 50.0; it must be", "(50 % is 0.5)"], None),
     "sparsity-negative": (nothing, ["--sparsity", "-0.1"], ["sparsity is -0.1;"], None),
     "sparsity-nan": (nothing, ["--sparsity", "nan"], ["sparsity is nan;"], None),
     "damping-0": (nothing, ["--damping", "0"], ["damping is 0.0;"], None),
@@ -263,6 +310,8 @@ ERRORS = {
     "ignore": (nothing, ["--ignore", "*.nonsense.*"], ["'*.nonsense.*'", "14 linear layers"], "load"),
     "ignore-all": (nothing, ["--ignore", "*"], ["no layer", "--ignore"], "load"),
     "out-full": (full_output, [], ["--out out", "not empty", "--overwrite"], None),
+    "out-in-model": (nothing, ["--out", "model/sub"], ["--out model/sub lies within the model model"], None),
+    "out-in-data": (text_folder, ["--data", "texts", "--out", "texts/a/b"], ["lies within the data texts"], None),
     "out-is-a-file": (file_output, [], ["--out out is a file"], None),
     "out-below-a-file": (file_parent, ["--out", "parent/out"], ["--out parent/out cannot be created"], None),
     "device-unknown": (nothing, ["--device", "abacus"], ["device 'abacus'"], None),
@@ -349,6 +398,7 @@ def test_unreachable_hub_model(here, capsys, monkeypatch):
         message, out = refused([*arguments, "--data", "text.txt"], capsys)
         assert "someone/some-model is neither a local model folder nor a hub model to be had" in message
         assert "couldn't connect" in message
+        assert f"no such folder in {Path.cwd()}" in message
         assert out == ""
     refused(["inspect", "someone/some-model"], capsys)
     assert calls == ["someone/some-model"] * 3
@@ -439,10 +489,10 @@ def test_options_reach_the_recipe(here):
     )
     recipe = yaml.safe_load((here / "out" / "recipe.yaml").read_text())
     assert recipe == {
-        "model": "model",
-        "data": "text.txt",
-        "out": "out",
-        "eval_data": "text.txt",
+        "model": str(here / "model"),
+        "data": str(here / "text.txt"),
+        "out": str(here / "out"),
+        "eval_data": str(here / "text.txt"),
         "separator": "\n\t",
         "text_field": "story",
         "objective": "tokens",
@@ -489,6 +539,21 @@ def test_recipe_repeats_a_run_and_options_win_over_it(here):
     one, two, three = ((here / name / "model.safetensors").read_bytes() for name in ("one", "two", "three"))
     assert one == two != three
     assert json.loads((here / "three" / "kfac_prune.json").read_text())["seed"] == 1
+
+
+def test_recipe_repeats_a_run_from_another_folder(here, monkeypatch):
+    assert main(["prune", "model", "--data", "text.txt", "--out", "one", *SMALL, "--pattern", "2:4"]) == 0
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    assert main(["prune", "--recipe", "../one/recipe.yaml", "--out", "two"]) == 0
+    one, two = (Path(name, "model.safetensors").read_bytes() for name in ("../one", "two"))
+    assert one == two
+
+
+def test_a_recipe_keeps_names_of_the_hub(here):
+    made = from_anywhere(Recipe(model="someone/some-model", data="someone/texts:part", out="out"))
+    assert (made.model, made.data, made.out) == ("someone/some-model", "someone/texts:part", str(here / "out"))
+    assert made.eval_data is None
 
 
 def test_abbreviated_and_repeated_options(here):
@@ -558,7 +623,7 @@ def test_eval_does_not_depend_on_the_batch_size(here, capsys):
         (["model", "--eval-samples", "0"], "eval_samples is 0"),
         (["model", "--device", "abacus"], "device 'abacus'"),
         (["model", "--data", "short.txt"], "short.txt"),
-        (["model", "--dense", "other", "--seqlen", "16"], "vocabular"),
+        (["model", "--dense", "other", "--seqlen", "16"], "model knows 40 tokens and --dense other "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

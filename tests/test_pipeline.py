@@ -287,6 +287,7 @@ def test_stages_are_told_in_order(case):
 
 def test_model_card_tells_what_was_done(case):
     card = (case.out / "README.md").read_text()
+    assert max(map(len, card.splitlines())) <= 120
     assert card.startswith("---\n")
     assert f"method `{case.recipe.method}`" in card
     assert ("in the pattern 2:4" in card) == (case.recipe.pattern == "2:4")

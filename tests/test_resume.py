@@ -114,6 +114,20 @@ def test_neither_curvature_nor_plan_is_made_twice(fields, place, tmp_path, monke
     assert bytes_of(tmp_path / "other") == bytes_of(tmp_path / "whole")
 
 
+def test_with_both_options_a_run_goes_on_and_replaces_an_earlier_result(place, tmp_path, monkeypatch):
+    run(recipe(place, tmp_path / "whole"))
+    run(recipe(place, tmp_path / "out", method="magnitude", reconstruct=0))
+    earlier = bytes_of(tmp_path / "out")
+    stopped(recipe(place, tmp_path / "out", overwrite=True), monkeypatch)
+    assert bytes_of(tmp_path / "out") == earlier
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "make_plan", None)
+        run(recipe(place, tmp_path / "out", overwrite=True, resume=True))
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole") != earlier
+    run(recipe(place, tmp_path / "out", method="magnitude", reconstruct=0, overwrite=True, resume=True))  # none is left
+    assert bytes_of(tmp_path / "out") == earlier
+
+
 @pytest.mark.parametrize("fields", [{"pattern": "2:4"}, {"pattern": "unstructured", "refit": True}], ids=str)
 def test_the_curvature_is_not_estimated_twice(fields, place, tmp_path, monkeypatch):
     run(recipe(place, tmp_path / "whole", **fields))
