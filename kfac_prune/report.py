@@ -294,7 +294,7 @@ def model_card(recipe: Recipe, record: dict[str, Any]) -> str:
         what = (
             f"{record['sparsity']:.1%} of the weights of {len(record['layers'])} linear layers are zero{pattern}.\n"
             f"Those layers hold {record['parameters_covered']:.1%} of the model's parameters.\n"
-            f"The remaining weights were adjusted {how},\n"
+            f"The remaining weights were adjusted\n{how},\n"
             f"allocation `{record['allocation']}`, {record['calibration']['tokens']:,} calibration tokens)."
         )
         note = "Zeros alone make a model neither smaller nor faster on a server without kernels for their pattern.\n"
