@@ -40,8 +40,7 @@ SHOTS = 3
 #: Several shots are kept unless the held-out windows find them worse by this fraction: few windows cannot tell less,
 #: and on other text they are better by 3-10 %.
 TOLERANCE = 0.05
-#: Calibration windows, a quarter at most, on which curves are measured and finished plans compared; nothing is fitted
-#: to them.
+#: Calibration windows, a quarter at most, that curves are measured and plans compared on; nothing is fitted to them.
 HELD_OUT = 16
 
 
