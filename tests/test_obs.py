@@ -26,6 +26,7 @@ from oracles import (
 from kfac_prune import linalg
 from kfac_prune.curvature.factors import LayerFactors
 from kfac_prune.obs import FAST, NM, THOROUGH, AdmmSchedule, Unstructured, compensate, saliency, select, solve
+from kfac_prune.obs.compensate import MAX_ITERATIONS
 from kfac_prune.obs.select import one_shot
 from kfac_prune.operators import Damping, Dense, Diagonal, Kronecker, ScaledIdentity, quadratic_loss
 
@@ -330,7 +331,7 @@ def test_products_of_bfloat16_never_end_above_the_start(seed, damping, monkeypat
     h, w = Kronecker(*factors), normal(192, 256, seed=0, dtype=torch.float32) / 16
     selection = select(w, h, Unstructured(0.5))
     exact = compensate(w, h, selection.mask, selection.start, tolerance=2.9e-4)
-    for most in (7, 20, 100):
+    for most in (7, 20, 100, MAX_ITERATIONS):
         found = compensate(w, h, selection.mask, selection.start, max_iterations=most)
         assert found.iterations <= most
         assert found.loss == pytest.approx(quadratic_loss(h, found.weight - w), rel=1e-3)
