@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kfac_prune import ranks
 from kfac_prune.config import Recipe
-from kfac_prune.curvature.estimate import bypassed, participants, unmoved
+from kfac_prune.curvature.estimate import participants, without_curvature
 from kfac_prune.data import (
     Document,
     Windows,
@@ -322,11 +322,11 @@ def called_layers(
         InputError: none is left.
     """
     kind = type(model).__name__
-    without = {
-        f"{kind} uses their weights without calling them": bypassed(model, layers, calibration, objective),
-        f"{kind} also calls them on what does not depend on the text": unmoved(model, layers, calibration, objective),
-    }
-    for why, some in without.items():
+    bypassed, unmoved = without_curvature(model, layers, calibration, objective)
+    for why, some in (
+        (f"{kind} uses their weights without calling them", bypassed),
+        (f"{kind} also calls them on what does not depend on the text", unmoved),
+    ):
         layers = [layer for layer in layers if layer not in some]
         names = ", ".join(layer.name for layer in some)
         if not layers:

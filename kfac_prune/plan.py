@@ -173,7 +173,7 @@ def make_plan(
             if known is None:
                 curves = curves or curves_of(layers, problems, journal=journal, quiet=quiet)
                 sparsities, factor = _by_curves(layers, problems, sparsity, curves, probe, quiet)
-                if journal is not None and ranks.index() == 0:
+                if journal is not None and ranks.leads():
                     journal.write("allocation", {}, {"sparsities": sparsities, "factor": factor})
             else:
                 sparsities, factor = known[1]["sparsities"], known[1]["factor"]

@@ -16,21 +16,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_quality import METHODS, NAMES, ROOT, cell_name, circumstances, put_row, read_rows, replace_between
+from benchmark_quality import (
+    NAMES,
+    ROOT,
+    cell_name,
+    circumstances,
+    pruned_copy,
+    put_row,
+    read_rows,
+    replace_between,
+)
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from kfac_prune.bench import Bench, timed
 from kfac_prune.block_training import Reconstruction
-from kfac_prune.config import RECONSTRUCT, parse_pattern
+from kfac_prune.config import RECONSTRUCT
 from kfac_prune.curvature.estimate import participants
 from kfac_prune.data import Document, sequence_windows
 from kfac_prune.inputs import choose_texts
 from kfac_prune.loading import load_config, load_model, load_tokenizer
 from kfac_prune.models import prunable_layers
 from kfac_prune.objective import find_objective
-from kfac_prune.obs import NM
 from kfac_prune.structure.prune import Settings, prune_structured, weights_target
 from kfac_prune.structure.repair import reconstruct_smaller
 
@@ -120,14 +128,7 @@ class Benchmark:
 
     def mask(self, method: str, level: str, wanted: list[str]) -> None:
         """Zeros, in place."""
-        groups = None if level.endswith("%") else parse_pattern(level)
-        copy = self.bench.prune(
-            method,  # type: ignore[arg-type]
-            allocation=METHODS[method],
-            sparsity=None if groups else float(level[:-1]) / 100,
-            pattern=NM(*groups) if groups else None,
-            permute=groups is not None and method == "kfac",  # the command line's default
-        )
+        copy = pruned_copy(self.bench, method, level)
         plan = copy.plan
         figures = {"allocation": plan.allocation, "sparsity": plan.sparsity, "kl_predicted": plan.predicted}
         for repair in wanted:

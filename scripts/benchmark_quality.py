@@ -136,6 +136,18 @@ def windows(tokenizer: Any, subject: Subject, reference: Path, length: int) -> t
     return calibration, consecutive_windows(held_out, subject.test_windows, length)
 
 
+def pruned_copy(bench: Bench, method: str, level: str) -> PrunedCopy:
+    """A copy in one shot, with the command line's defaults; the level is a sparsity in percent or an n:m pattern."""
+    groups = None if level.endswith("%") else parse_pattern(level)
+    return bench.prune(
+        method,  # type: ignore[arg-type]
+        allocation=METHODS[method],
+        sparsity=None if groups else float(level[:-1]) / 100,
+        pattern=NM(*groups) if groups else None,
+        permute=groups is not None and method == "kfac",
+    )
+
+
 class Benchmark:
     """One model with all that its cells share, computed when first needed.
 
@@ -159,14 +171,7 @@ class Benchmark:
         wanted = [r for r in wanted if (self.name, cell_name(method, r), level) not in done]
         if not wanted:
             return
-        groups = None if level.endswith("%") else parse_pattern(level)
-        copy = self.bench.prune(
-            method,  # type: ignore[arg-type]
-            allocation=METHODS[method],
-            sparsity=None if groups else float(level[:-1]) / 100,
-            pattern=NM(*groups) if groups else None,
-            permute=groups is not None and method == "kfac",  # the command line's default
-        )
+        copy = pruned_copy(self.bench, method, level)
         for repair in wanted:
             if repair == "refit":
                 copy.refit()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import psutil
@@ -204,44 +203,27 @@ def participants(
     return [layer for layer in layers if layer.name in reached or isinstance(layer.module, ExpertLinear)]
 
 
-def bypassed(model: PreTrainedModel, layers: Sequence[Layer], windows: Windows, objective: Objective) -> list[Layer]:
-    """The layers whose weights the model uses without calling them (Mamba's ``dt_proj``), told by one window.
+def without_curvature(
+    model: PreTrainedModel, layers: Sequence[Layer], windows: Windows, objective: Objective
+) -> tuple[list[Layer], list[Layer]]:
+    """The layers of which A and G, which are over tokens, do not tell all; by one window.
 
-    No hook sees their inputs, so there is no curvature for them. A layer that is neither called nor used here, such as
-    an expert that no token was sent to, is not among them.
+    A layer that is neither called nor used here, such as an expert that no token was sent to, is not among them.
+
+    Returns:
+        Those whose weights the model uses without calling them (Mamba's ``dt_proj``), so that no hook sees their
+        inputs; and those that it also calls on what does not depend on the text (DeBERTa's queries and keys, which are
+        those of relative positions too).
     """
     ids, mask = next(windows.batches(1)).on(model.device)
     called: set[str] = set()
-    with torch.no_grad(), ExitStack() as hooks:
-        for layer in layers:
-            note = partial(_note, called, layer.name)
-            hooks.callback(layer.module.register_forward_pre_hook(note).remove)
-        objective.output(model, ids, mask)
-    silent = [layer for layer in layers if layer.name not in called]
-    if not silent:
-        return []
-    weights = [layer.parameters()[0] for layer in silent]
-    with only_trained(model, weights):
-        output = objective.output(model, ids, mask)
-        if not output.requires_grad:
-            return []
-        found = torch.autograd.grad(output.sum(), weights, allow_unused=True)
-    return [layer for layer, gradient in zip(silent, found, strict=True) if gradient is not None]
-
-
-def unmoved(model: PreTrainedModel, layers: Sequence[Layer], windows: Windows, objective: Objective) -> list[Layer]:
-    """The layers that the model also calls on what does not depend on the text, told by one window.
-
-    So does DeBERTa, whose queries and keys are also those of relative positions: A and G are over tokens, and say
-    nothing of that.
-    """
-    ids, mask = next(windows.batches(1)).on(model.device)
-    still: set[str] = set()
+    unmoved: set[str] = set()
 
     def watch(name: str) -> Callable[..., None]:
         def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            called.add(name)
             if not output.requires_grad:
-                still.add(name)
+                unmoved.add(name)
 
         return after
 
@@ -249,11 +231,16 @@ def unmoved(model: PreTrainedModel, layers: Sequence[Layer], windows: Windows, o
         for layer in layers:
             hooks.callback(layer.module.register_forward_hook(watch(layer.name)).remove)
         objective.output(model, ids, mask)
-    return [layer for layer in layers if layer.name in still]
-
-
-def _note(names: set[str], name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-    names.add(name)
+    silent = [layer for layer in layers if layer.name not in called]
+    bypassed = []
+    if silent:
+        weights = [layer.parameters()[0] for layer in silent]
+        with only_trained(model, weights):
+            output = objective.output(model, ids, mask)
+            if output.requires_grad:
+                found = torch.autograd.grad(output.sum(), weights, allow_unused=True)
+                bypassed = [layer for layer, gradient in zip(silent, found, strict=True) if gradient is not None]
+    return bypassed, [layer for layer in layers if layer.name in unmoved]
 
 
 def _finish(
