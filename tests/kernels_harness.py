@@ -92,11 +92,11 @@ def machine_code(kernel, types, constants, options, label):
             compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
             cubin = Path(sys.argv[1]) / "kernel.cubin"
             cubin.write_bytes(compiled.asm["cubin"])
-            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(cubin)]
+            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
             usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             fields = [field.split(":") for field in usage.split() if field.startswith(("REG:", "STACK:", "LOCAL:"))]
             row = dict(kernel=kernel.__name__, capability=capability, aligned=aligned, label=label)
-            row |= dict(ptx=compiled.asm["ptx"], sass=usage)
+            row["ptx"] = compiled.asm["ptx"]
             yield row | {name: int(number) for name, number in fields}
 
 rows = []
