@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -52,6 +53,8 @@ class Reconstruction:
         folder: where every finished block is left, from which a run that was interrupted goes on, and those of other
             runs go; None: nowhere.
         objective: what the model computes; the last block is trained on its KL.
+        own_text: windows that the dense model writes itself, per calibration window (see ``kfac_prune.own_text``).
+            An epoch then takes as many steps as without, each on text of either kind.
     """
 
     epochs: int
@@ -59,6 +62,7 @@ class Reconstruction:
     seed: int = 0
     folder: Path | None = None
     objective: Objective = CAUSAL
+    own_text: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,10 +123,24 @@ class Teacher:
         return self.objective.divergence(p, q).sum(), len(p)
 
 
+def held_out(batches: int) -> int:
+    """How many of the batches of calibration text are held out, the last ones."""
+    return max(batches // HELD_OUT, 1)
+
+
 class BlockTraining:
     """The training of one block or sub-layer.
 
     Its objective is ``½ E[δᵀ G δ]`` or, with a teacher, the KL of the model's outputs.
+
+    Args:
+        stack: blocks of the pruned model.
+        index: of the block.
+        part: it, or its sub-layer.
+        stream: that enters the block, per batch.
+        masks: [out, in] per layer, True = kept.
+        teacher: of the last block.
+        further: batches at the beginning that are more text than an epoch has steps; none of them is held out.
     """
 
     def __init__(
@@ -133,10 +151,11 @@ class BlockTraining:
         stream: Sequence[Tensor],
         masks: Mapping[str, Tensor],
         teacher: Teacher | None = None,
+        further: int = 0,
     ) -> None:
         self.part, self._stack, self._index, self._stream, self._teacher = part, stack, index, stream, teacher
-        first = len(stream) - max(len(stream) // HELD_OUT, 1)
-        self._train, self._held = range(first), range(first, len(stream))
+        first = len(stream) - held_out(len(stream) - further)
+        self._train, self._held, self._steps = range(first), range(first, len(stream)), first - further
         self.weights = MaskedParameters(part.trained, masks)
         self._metric = part.metric.to(self.weights.parameters[0].device)
 
@@ -190,13 +209,13 @@ class BlockTraining:
         self.weights.assign(start)
         copies = self.weights.copies()
         optimizer = adam(copies, rate, BETAS)
-        steps = settings.epochs * len(self._train)
+        steps = settings.epochs * self._steps
         schedule = LambdaLR(optimizer, lambda step: 1 - (step / steps) ** 2)
-        generator = torch.Generator().manual_seed(settings.seed)
+        order = self._order(settings.seed)
         best, kept = math.inf, start
         with only_trained(self._stack.model, self.weights.parameters):
             for _ in range(settings.epochs):
-                for batch in self._arriving(torch.randperm(len(self._train), generator=generator).tolist()):
+                for batch in self._arriving(list(islice(order, self._steps))):
                     with approximately(self.part.trained):
                         self.weights.differentiate(*self._loss(batch), copies)
                     optimizer.step()
@@ -208,6 +227,12 @@ class BlockTraining:
                 if not now < before:  # too fast: half the rate helps more
                     break
         return best, kept
+
+    def _order(self, seed: int) -> Iterator[int]:
+        """Batches to take steps on, without end: all in a random order, then all in another one."""
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield from torch.randperm(len(self._train), generator=generator).tolist()
 
     def _objective(self) -> float:
         """Held-out objective, nats per token, or per unit with a teacher."""

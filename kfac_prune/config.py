@@ -21,6 +21,8 @@ METHODS = ("kfac", "layerwise", "obd", "magnitude", *SEQUENCE_METHODS, *BASELINE
 DAMPING, STRUCTURED_DAMPING = 0.03, 0.001
 #: Epochs of the reconstruction, where the recipe leaves them open and there are windows enough.
 RECONSTRUCT = 5
+#: Windows that a causal language model writes itself for that, per calibration window, where the recipe leaves it open.
+OWN_TEXT = 2
 KINDS = ("ffn", "heads")
 #: What each method can allocate by. Loss curves there are for G ⊗ A alone; global thresholds where the curvature is an
 #: estimate of the Fisher (or, for magnitude, by custom).

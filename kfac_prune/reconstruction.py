@@ -21,12 +21,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kfac_prune import ranks
-from kfac_prune.block_training import BlockTraining, Reconstructed, Reconstruction, Teacher
+from kfac_prune.block_training import BlockTraining, Reconstructed, Reconstruction, Teacher, held_out
 from kfac_prune.curvature.factors import Factors
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.offload import resident
 from kfac_prune.operators import Damping
+from kfac_prune.own_text import continued
 from kfac_prune.plan import Plan
 from kfac_prune.progress import progress
 from kfac_prune.store import Journal, content_hash
@@ -75,6 +76,29 @@ def own_steps(windows: Windows) -> tuple[Windows, int]:
     return windows.every(processes, ranks.index(), steps * each * processes), each
 
 
+def with_own_text(
+    model: PreTrainedModel, windows: Windows, size: int, settings: Reconstruction, *, quiet: bool = True
+) -> tuple[Windows, int]:
+    """Windows as ``own_steps`` gives them, behind those that the model writes itself; how many batches the latter are.
+
+    Windows that will be held out are not continued.
+
+    Args:
+        model: while it is dense.
+        windows: that this process takes its steps on.
+        size: windows per step.
+        settings: which say how many to write.
+        quiet: show no progress bar.
+    """
+    if not settings.own_text:
+        return windows, 0
+    steps = -(-len(windows) // size)
+    steps -= held_out(steps)
+    begun = windows.chosen(range(steps * size))
+    text = continued(model, begun, settings.own_text, seed=settings.seed, quiet=quiet)
+    return Windows(torch.cat([text.input_ids, windows.input_ids])), settings.own_text * steps
+
+
 def metrics(factors: Factors, damping: Damping, unit: Unit) -> dict[str, Tensor]:
     """The metric G [d, d], damped, after every block by its name; for sub-layers also where a layer may end one."""
     found = dict(factors.streams)
@@ -115,17 +139,21 @@ def reconstruct_sparse(
         factors: of the dense model, for the metric.
         windows: calibration tokens [N, T]; masked positions are left out.
         dense: a context in which the model has its dense weights (``WeightSwap.swapped_in``).
-        settings: epochs, unit, seed, folder, objective.
+        settings: epochs, unit, seed, folder, objective, text of the model's own.
         damping: of the metric; None is ``Damping()``.
         shelf: where streams wait.
         quiet: show no progress bar.
     """
+    windows, size = own_steps(windows)
     with dense():
-        stack = BlockStack(model, *own_steps(windows), shelf)
+        windows, further = with_own_text(model, windows, size, settings, quiet=quiet)
+        stack = BlockStack(model, windows, size, shelf)
     masks = {layer.name: layer.mask for layer in plan.layers}
     metric = metrics(factors, damping or Damping(), settings.unit)
     pruned = stack.entered_anew(masks)
-    return reconstruct(stack, pruned, metric, settings, trained=masks, masks=masks, dense=dense, quiet=quiet)
+    return reconstruct(
+        stack, pruned, metric, settings, trained=masks, masks=masks, dense=dense, further=further, quiet=quiet
+    )
 
 
 def reconstruct(
@@ -137,6 +165,7 @@ def reconstruct(
     trained: Collection[str],
     masks: Mapping[str, Tensor] | None = None,
     dense: Callable[[], AbstractContextManager[None]] = nullcontext,
+    further: int = 0,
     quiet: bool = True,
 ) -> list[Reconstructed]:
     """Reconstruct all blocks in order, in place.
@@ -154,6 +183,7 @@ def reconstruct(
         trained: names of the layers that may change.
         masks: [out, in] per layer, True = kept; layers without one keep every weight.
         dense: a context in which ``dense_stack`` is dense.
+        further: batches at the beginning that are text of the model's own (``with_own_text``).
         quiet: show no progress bar.
 
     Raises:
@@ -193,7 +223,7 @@ def reconstruct(
                 ends = index + 1 == len(stack.names) and part.writers is None
                 teacher = Teacher(dense_stack, dense, settings.objective) if ends else None
                 with resident(stack.blocks[index], stack.device):
-                    problem = BlockTraining(stack, index, part, stream, masks, teacher)
+                    problem = BlockTraining(stack, index, part, stream, masks, teacher, further)
                     record = _journaled(problem, rate, settings, journal, f"{len(records):04} {part.name}")
                 records.append(record)
                 rate = rate or record.learning_rate or None

@@ -2,8 +2,9 @@
 
 The protocol is that of the reference folder: T = min(context, 256); calibration on 128 windows at seeded random starts
 of the training text (SmolLM2: 64); test on the first 200 consecutive windows of the test text (SmolLM2: 100). Every
-method is measured in one shot and with the same reconstruction, K-FAC also with the closed-form refit. Every cell is
-one JSON line with commit, device and versions; the table in README.md is written from those lines.
+method is measured in one shot and with the same reconstruction on the calibration text alone, K-FAC also with the
+closed-form refit and reconstructed on text of the model's own too. Every cell is one JSON line with commit, device and
+versions; the table in README.md is written from those lines.
 
     python scripts/benchmark_quality.py --models wikitext2-llama babyllama-tok361 --out benchmarks/quality.jsonl
     python scripts/benchmark_quality.py --models smollm2-135m --larger FOLDER --missing   # only cells not yet there
@@ -23,7 +24,7 @@ from transformers.utils import logging
 
 from kfac_prune.bench import Bench, PrunedCopy
 from kfac_prune.block_training import Reconstruction
-from kfac_prune.config import RECONSTRUCT, parse_pattern
+from kfac_prune.config import OWN_TEXT, RECONSTRUCT, parse_pattern
 from kfac_prune.data import Windows, consecutive_windows, read_documents, sample_windows, token_stream
 from kfac_prune.loading import context_length, load_model, load_tokenizer
 from kfac_prune.obs import NM
@@ -77,7 +78,13 @@ NAMES = {
     "kfac": "K-FAC",
 }
 #: What follows the one-shot solution, in the order of the table.
-REPAIRS = ("none", "refit", "reconstruction")
+REPAIRS = ("none", "refit", "reconstruction", "own-text")
+LABELS = {
+    "none": "",
+    "refit": " + refit",
+    "reconstruction": " + reconstruction",
+    "own-text": " + reconstruction, own text",
+}
 BEGIN, END = "<!-- quality table: begin -->", "<!-- quality table: end -->"
 
 
@@ -167,7 +174,7 @@ class Benchmark:
         """The cells of one method at one level: one shot, then each repair from there."""
         rows = read_rows(self.arguments.out)
         done = {(r["model"], r["method"], r["level"]) for r in rows} if self.arguments.missing else set()
-        wanted = [r for r in self.arguments.repairs if r != "refit" or method == "kfac"]
+        wanted = [r for r in self.arguments.repairs if method == "kfac" or r in ("none", "reconstruction")]
         wanted = [r for r in wanted if (self.name, cell_name(method, r), level) not in done]
         if not wanted:
             return
@@ -175,8 +182,8 @@ class Benchmark:
         for repair in wanted:
             if repair == "refit":
                 copy.refit()
-            elif repair == "reconstruction":
-                copy.reconstruct(Reconstruction(RECONSTRUCT))
+            elif repair != "none":
+                copy.reconstruct(Reconstruction(RECONSTRUCT, own_text=OWN_TEXT if repair == "own-text" else 0))
             else:
                 copy.restart()
             self.write(cell_name(method, repair), level, copy)
@@ -238,8 +245,8 @@ def write_table(rows: list[dict[str, Any]], readme: Path) -> None:
                 found = [cells.get((model, cell_name(method, repair), level)) for level in ALL_LEVELS]
                 if any(found):
                     figures = (f"{r['d']:.4f}" if r and r["d"] < 0.1 else f"{r['d']:.3f}" if r else "–" for r in found)
-                    label = NAMES[method] + ("" if repair == "none" else f" + {repair}")
-                    if (method, repair) == ("kfac", "reconstruction"):
+                    label = NAMES[method] + LABELS[repair]
+                    if (method, repair) == ("kfac", "own-text"):
                         label = f"**{label} (default)**"
                     lines.append(f"| {model} | {label} | " + " | ".join(figures) + " |")
     replace_between(readme, BEGIN, END, "\n".join(lines))

@@ -23,7 +23,7 @@ LAYERS = (
     ("backend",),
     ("config", "linalg", "data", "store", "pruned_model", "experts"),
     ("models", "loading", "fisher", "protocol", "recipe_file"),
-    ("objective", "products", "masked_training"),
+    ("objective", "own_text", "products", "masked_training"),
     ("quality",),
     ("operators", "stream", "export", "offload"),
     ("obs", "curvature"),

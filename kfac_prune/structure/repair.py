@@ -15,7 +15,7 @@ from kfac_prune.data import Windows
 from kfac_prune.linalg import shifted
 from kfac_prune.models import Layer
 from kfac_prune.operators import Damping
-from kfac_prune.reconstruction import metrics, own_steps, reconstruct
+from kfac_prune.reconstruction import metrics, own_steps, reconstruct, with_own_text
 from kfac_prune.refitting import RIDGE, Moments, refit_moments
 from kfac_prune.stream import BlockStack, Shelf
 
@@ -71,18 +71,20 @@ def reconstruct_smaller(
         layers: of the dense model, whose smaller forms may change.
         factors: of the dense model, for the metric; with unit "sublayer", of every layer that may end one.
         windows: calibration tokens [N, T].
-        settings: epochs, unit, seed, folder, objective.
+        settings: epochs, unit, seed, folder, objective, text of the model's own.
         damping: of the metric; None is ``Damping()``.
         shelf: where streams wait.
         quiet: show no progress bar.
     """
     own, size = own_steps(windows)
+    own, further = with_own_text(dense, own, size, settings, quiet=quiet)
     return reconstruct(
         BlockStack(dense, own, size, shelf),
         BlockStack(model, own, size, shelf),
         metrics(factors, damping or Damping(), settings.unit),
         settings,
         trained={layer.name for layer in layers},
+        further=further,
         quiet=quiet,
     )
 

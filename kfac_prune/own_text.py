@@ -1,0 +1,109 @@
+"""Text that a model writes itself: more to reconstruct on than the calibration text holds.
+
+Blocks learn to give the dense model's outputs, for which any text will do that the model meets in use, and no label is
+needed. Where text is scarce, what is learnt from it alone fits its noise. Windows that the dense model continues by
+itself are nearly as good as further windows of the text (self-calibration, Williams et al. 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
+
+from kfac_prune import ranks
+from kfac_prune.data import Windows
+from kfac_prune.errors import InputError, reason
+from kfac_prune.fisher import sample_labels
+from kfac_prune.progress import progress
+
+#: One part in so many of a window is the text's own, and the model continues it. (Of 2, 4 and 8 the last was best.)
+PROMPT = 8
+#: Bytes that keys and values of the windows may take which are written at a time; on a GPU half of what is free.
+CACHE_BYTES = 2**31
+
+
+def continued(model: PreTrainedModel, windows: Windows, copies: int, *, seed: int = 0, quiet: bool = True) -> Windows:
+    """Windows that begin as the calibration's do and are continued by samples of the model's distribution.
+
+    Of several processes every one continues its own windows. What is written depends on the number that a window has
+    among those of all processes, not on what it is batched with.
+
+    Args:
+        model: a causal language model, as it is to be.
+        windows: [N, T] that the process takes steps on, without padding.
+        copies: continuations of each.
+        seed: of the samples.
+        quiet: show no progress bar.
+
+    Returns:
+        Token windows [copies · N, T].
+
+    Raises:
+        InputError: the windows are padded, or the model's code cannot generate.
+    """
+    if windows.attention_mask is not None and not bool(windows.attention_mask.all()):
+        raise InputError("windows are padded, and their text cannot be continued; use --own-text 0")
+    ids = windows.input_ids.repeat(copies, 1)
+    length, prompt = ids.shape[1], max(ids.shape[1] // PROMPT, 1)
+    shape = copies, len(windows) * ranks.count(), length
+    numbers = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    numbers = numbers[:, ranks.index() :: ranks.count()].flatten(0, 1)
+    size = _windows_at_a_time(model, length)
+    parts = list(zip(ids.split(size), numbers.split(size), strict=True))
+    written = []
+    with _plainly(model, length - prompt), progress(total=len(parts), desc="write", disable=quiet) as bar:
+        for rows, draws in parts:
+            begun = rows[:, :prompt].to(model.device)
+            write: Any = model.generate
+            try:
+                text = write(
+                    begun,
+                    attention_mask=torch.ones_like(begun),
+                    logits_processor=LogitsProcessorList([_Sampled(draws)]),
+                )
+            except Exception as error:  # whatever the model's code happens to raise
+                message = f"{type(model).__name__} cannot write text ({reason(error)}); use --own-text 0"
+                raise InputError(message) from error
+            written.append(text.cpu())
+            bar.update(1)
+    return Windows(torch.cat(written))
+
+
+def _windows_at_a_time(model: PreTrainedModel, length: int) -> int:
+    """So many that their keys and values, at most as wide as the residual stream, have room."""
+    config: PreTrainedConfig = model.config.get_text_config()
+    each: int = 2 * length * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
+    room = torch.cuda.mem_get_info(model.device)[0] // 2 if model.device.type == "cuda" else CACHE_BYTES
+    return max(room // each, 1)
+
+
+@contextmanager
+def _plainly(model: PreTrainedModel, tokens: int) -> Iterator[None]:
+    """Within the block the model writes so many tokens, whatever its own settings, and does not stop at any."""
+    own: Any = model.generation_config
+    model.generation_config = GenerationConfig(max_new_tokens=tokens)
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+class _Sampled(LogitsProcessor):
+    """Leaves one token of every row: a sample of the distribution, by a number that was drawn before.
+
+    Args:
+        draws: uniform numbers [B, T], the positions' own.
+    """
+
+    def __init__(self, draws: Tensor) -> None:
+        self._draws = draws
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Logits [B, V], of which all but one are −∞."""
+        tokens = sample_labels(scores, self._draws[:, input_ids.shape[1]])
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
