@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from kfac_prune.config import Recipe
+from kfac_prune.config import OWN_TEXT, Recipe
 from kfac_prune.errors import InputError, shorten
 from kfac_prune.options import check_text
 from kfac_prune.protocol import COMPARED, LEVELS, Comparison
@@ -110,8 +110,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     estimate.add_argument("--json", metavar="FILE", help="also write the figures to this file; default: none")
     for name in ("data", "eval_data", "separator", "objective", "samples", "eval_samples", "seqlen", "batch_size",
-                 "sparsity", "pattern", "permute", "method", "allocation", "refit", "shots", "reconstruct", "streams",
-                 "include", "ignore", "device", "dtype", "offload", "max_memory", "trust_remote_code"):  # fmt: skip
+                 "sparsity", "pattern", "permute", "method", "allocation", "refit", "shots", "reconstruct",
+                 "own_text", "streams", "include", "ignore", "device", "dtype", "offload", "max_memory",
+                 "trust_remote_code"):  # fmt: skip
         _add_option(estimate, _field(name))
     estimate.set_defaults(run=_estimate)
 
@@ -143,12 +144,14 @@ def build_parser() -> argparse.ArgumentParser:
     for name in ("data", "out"):
         _add_option(compare, _field(name), required=True)
     own = {
+        "own_text": "windows that the dense model writes itself, per calibration window, for --reconstruct to learn on "
+        f"beside the text; default: {OWN_TEXT}",
         "damping": "added to each curvature factor, as a fraction of its mean diagonal, in (0, 1]; default: 0.03",
         "overwrite": "begin anew in the place of the cells that --out holds",
     }
     for name in ("eval_data", "separator", "text_field", "samples", "eval_samples", "seqlen", "batch_size",
-                 "reconstruct_unit", "include", "ignore", "damping", "fisher", "seed", "device", "dtype", "overwrite",
-                 "trust_remote_code"):  # fmt: skip
+                 "reconstruct_unit", "own_text", "include", "ignore", "damping", "fisher", "seed", "device", "dtype",
+                 "overwrite", "trust_remote_code"):  # fmt: skip
         _add_option(compare, _field(name), text=own.get(name))
     compare.set_defaults(run=_compare, interrupted="finished cells are in --out, and the same command goes on")
 

@@ -234,7 +234,8 @@ def _run(
             if repair == "reconstruction":
                 unit: Any = recipe.reconstruct_unit
                 assert recipe.reconstruct is not None
-                copy.reconstruct(Reconstruction(recipe.reconstruct, unit, recipe.seed))
+                assert recipe.own_text is not None
+                copy.reconstruct(Reconstruction(recipe.reconstruct, unit, recipe.seed, own_text=recipe.own_text))
         row = _figures(bench, copy, ledger) | {
             "calibration_sha256": bench.calibration.sha256(),
             "peak_memory_bytes": max(planning.resident, peak.resident),

@@ -163,6 +163,12 @@ class Recipe:
         "what --reconstruct trains at a time: whole blocks, or sublayers (attention, then FFN; less memory)",
         choices=("block", "sublayer"),
     )
+    own_text: int | None = option(
+        None,
+        "windows that the dense model writes itself, per calibration window, for --reconstruct to learn on beside the "
+        f"text; epochs take no more steps for it; 0 = none; default: {OWN_TEXT} for causal language models, unless "
+        "there is --offload; else 0",
+    )
     recover_epochs: int = option(
         0,
         "at the end, epochs over the calibration windows in which all weights that are left learn together to give the "
@@ -199,7 +205,8 @@ class Recipe:
     offload: bool = option(
         False,
         "for models larger than the device: blocks stay in main memory and come to the device one at a time, with the "
-        "forward pass run again for every backward pass; not with --structured, --shots and --recover-epochs",
+        "forward pass run again for every backward pass; not with --structured, --shots, --own-text and "
+        "--recover-epochs",
     )
     max_memory: float | None = option(
         None,
@@ -232,11 +239,11 @@ class Recipe:
         for name, least in (("samples", 1), ("eval_samples", 1), ("seqlen", 2), ("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        for name in ("reconstruct", "recover_epochs"):
-            epochs = getattr(self, name) or 0
-            if epochs < 0:
-                raise InputError(f"{name} is {epochs}; it must be at least 0")
-            if epochs and self.samples < 10:
+        for name in ("reconstruct", "own_text", "recover_epochs"):
+            count = getattr(self, name) or 0
+            if count < 0:
+                raise InputError(f"{name} is {count}; it must be at least 0")
+            if count and name != "own_text" and self.samples < 10:
                 reason = "holds a tenth of the windows out and needs at least 10"
                 raise InputError(f"{name} {reason}; samples is {self.samples}")
         if self.seed >= 2**63:
@@ -260,7 +267,11 @@ class Recipe:
                 )
         if self.offload:
             whole = {"structured": self.structured, "recover_epochs": self.recover_epochs}
-            whole |= {"shots": (self.shots or 1) > 1, "method": self.method in (*SEQUENCE_METHODS, "llm-surgeon")}
+            whole |= {
+                "own_text": self.own_text,
+                "shots": (self.shots or 1) > 1,
+                "method": self.method in (*SEQUENCE_METHODS, "llm-surgeon"),
+            }
             if given := [name for name, value in whole.items() if value]:
                 what = f"{given[0]} {getattr(self, given[0])}"
                 raise InputError(f"offload brings single blocks to the device; {what} needs the whole model there")

@@ -20,6 +20,7 @@ from kfac_prune.inputs import resolve_device
 from kfac_prune.inspect_model import empty_model
 from kfac_prune.loading import DTYPES, load_config, load_tokenizer
 from kfac_prune.objective import find_objective
+from kfac_prune.own_text import own_text_of
 
 GIB = 2**30
 #: Share of the processor that others use, from which times are not to be trusted.
@@ -158,6 +159,7 @@ def estimate(recipe: Recipe, card: str | None = None) -> Estimate:
     _check(recipe, card)
     config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
     objective = find_objective(recipe.objective, recipe.model, config)
+    recipe = replace(recipe, own_text=own_text_of(recipe, objective))
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(limit, int) and 0 < limit < recipe.seqlen:
         raise InputError(f"--seqlen is {recipe.seqlen}, and the model's context is {limit} tokens; lower --seqlen")

@@ -22,6 +22,7 @@ from kfac_prune.inspect_model import coverage
 from kfac_prune.loading import load_config
 from kfac_prune.models import Layer
 from kfac_prune.objective import Objective, find_objective
+from kfac_prune.own_text import continued, own_text_of
 from kfac_prune.quality import Quality
 from kfac_prune.reconstruction import own_steps
 from kfac_prune.report import Stages
@@ -122,7 +123,7 @@ def begin(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
             echo(f"one shot: {what}")
         recipe = replace(recipe, shots=1)
     if recipe.reconstruct or recipe.refit:
-        recipe = _repairs(recipe, model, calibration, echo)
+        recipe = _repairs(recipe, model, objective, calibration, echo)
     return Job(
         recipe,
         stages,
@@ -138,8 +139,14 @@ def begin(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
     )
 
 
-def _repairs(recipe: Recipe, model: PreTrainedModel, calibration: Windows, echo: Callable[[str], None]) -> Recipe:
-    """The recipe without the refit and reconstruction that the model does not allow, which is said."""
+def _repairs(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    objective: Objective,
+    calibration: Windows,
+    echo: Callable[[str], None],
+) -> Recipe:
+    """The recipe without the repairs that the model does not allow, which is said, and with its rule on own text."""
     kind, stack = type(model).__name__, first_window(model, calibration)
     if not stack.blocks:
         echo(f"no refit and no reconstruction: {kind} has no list of blocks")
@@ -147,8 +154,11 @@ def _repairs(recipe: Recipe, model: PreTrainedModel, calibration: Windows, echo:
     if not stack.calls_once():
         echo(f"no refit and no reconstruction: {kind} runs a block several times, and they would see the first alone")
         return replace(recipe, reconstruct=0, refit=False)
-    if recipe.reconstruct:
-        own_steps(calibration)  # refused now rather than once the plan is made
+    if recipe.reconstruct:  # refused now rather than once the plan is made
+        own_steps(calibration)
+        recipe = replace(recipe, own_text=own_text_of(recipe, objective, writes=model.can_generate()))
+        if recipe.own_text:
+            continued(model, Windows(calibration.input_ids[:1, :9]), 1)
     if recipe.refit and not has_writers(stack):
         echo(
             f"no refit: no layers of {kind} give together what its first block adds to the residual stream (it may be "

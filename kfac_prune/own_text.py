@@ -13,18 +13,40 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from kfac_prune import ranks
+from kfac_prune.config import OWN_TEXT, Recipe
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError, reason
 from kfac_prune.fisher import sample_labels
+from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.progress import progress
 
 #: One part in so many of a window is the text's own, and the model continues it. (Of 2, 4 and 8 the last was best.)
 PROMPT = 8
 #: Bytes that keys and values of the windows may take which are written at a time; on a GPU half of what is free.
 CACHE_BYTES = 2**31
+
+
+def own_text_of(recipe: Recipe, objective: Objective, *, writes: bool = True) -> int:
+    """Windows that the model is to write per calibration window: as the recipe says, or by its rule.
+
+    Args:
+        recipe: resolved.
+        objective: of the model.
+        writes: the model's code can generate text.
+
+    Raises:
+        InputError: it asks for text that the model cannot write.
+    """
+    able = objective == CAUSAL and writes
+    if recipe.own_text is None:
+        return OWN_TEXT if able and recipe.reconstruct and not recipe.offload else 0
+    if recipe.own_text and not able:
+        why = f"a model for {objective.name}" if objective != CAUSAL else "a model whose code has no generate()"
+        raise InputError(f"own_text is {recipe.own_text}, and {why} writes no text; use --own-text 0")
+    return recipe.own_text
 
 
 def continued(model: PreTrainedModel, windows: Windows, copies: int, *, seed: int = 0, quiet: bool = True) -> Windows:
@@ -76,10 +98,15 @@ def continued(model: PreTrainedModel, windows: Windows, copies: int, *, seed: in
 
 def _windows_at_a_time(model: PreTrainedModel, length: int) -> int:
     """So many that their keys and values, at most as wide as the residual stream, have room."""
-    config: PreTrainedConfig = model.config.get_text_config()
-    each: int = 2 * length * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
+    config: Any = model.config.get_text_config()
+    each = cache_bytes(length, config.num_hidden_layers, config.hidden_size, model.dtype.itemsize)
     room = torch.cuda.mem_get_info(model.device)[0] // 2 if model.device.type == "cuda" else CACHE_BYTES
     return max(room // each, 1)
+
+
+def cache_bytes(length: int, blocks: int, width: int, item: int) -> int:
+    """At most, of the keys and values of one window."""
+    return 2 * length * blocks * width * item
 
 
 @contextmanager

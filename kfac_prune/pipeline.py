@@ -366,7 +366,8 @@ def _reconstruction(job: Job) -> Reconstruction:
     recipe = job.recipe
     unit: Any = recipe.reconstruct_unit  # the recipe has checked it
     assert recipe.reconstruct is not None
-    return Reconstruction(recipe.reconstruct, unit, recipe.seed, work_folder(recipe.out), job.objective)
+    own_text = recipe.own_text or 0
+    return Reconstruction(recipe.reconstruct, unit, recipe.seed, work_folder(recipe.out), job.objective, own_text)
 
 
 def _recover(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from kfac_prune.config import ALLOCATIONS, METHODS, SEQUENCE_METHODS, Recipe, parse_pattern
+from kfac_prune.config import ALLOCATIONS, METHODS, OWN_TEXT, SEQUENCE_METHODS, Recipe, parse_pattern
 from kfac_prune.errors import InputError
 
 #: Compared where nothing else is asked for: all by their own allocation, and the other ones that are known; but not
@@ -18,7 +18,9 @@ LEVELS = ("50%", "60%", "70%", "80%", "2:4")
 #: What follows the one-shot solution.
 REPAIRS = ("none", "reconstruction")
 #: Recipe fields that no cell decides and that decide what a cell's figures are.
-SHARED = ("objective", "samples", "seqlen", "batch_size", "include", "ignore", "damping", "fisher", "dtype")
+SHARED = (
+    "objective", "samples", "seqlen", "batch_size", "own_text", "include", "ignore", "damping", "fisher", "dtype"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,9 @@ class Comparison:
                     continue
                 own: dict[str, Any] = {"method": method, "pattern": level.pattern, "seed": seed}
                 own |= {} if fixed else {"sparsity": level.sparsity, "allocation": allocation or None}
-                epochs = self.recipe.reconstruct or 0
-                made.append(Trial(name, level, replace(self.recipe, **own, reconstruct=epochs).resolved()))
+                own["reconstruct"] = self.recipe.reconstruct or 0
+                own["own_text"] = OWN_TEXT if self.recipe.own_text is None else self.recipe.own_text
+                made.append(Trial(name, level, replace(self.recipe, **own).resolved()))
         return made
 
     def shared(self) -> dict[str, Any]:

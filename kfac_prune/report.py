@@ -117,7 +117,12 @@ def result_record(
         "method": recipe.method,
         "pattern": recipe.pattern,
         "structured": recipe.structured,
-        "calibration": {"tokens": calibration.tokens, "skipped": skipped, "sha256": calibration.sha256()},
+        "calibration": {
+            "tokens": calibration.tokens,
+            "skipped": skipped,
+            "sha256": calibration.sha256(),
+            "own_text": recipe.own_text or 0,
+        },
         **figures,
         "kl_measured": pruned.kl,
         "damping": recipe.damping,
@@ -273,6 +278,8 @@ def model_card(recipe: Recipe, record: dict[str, Any]) -> str:
     trained = f"with {trained}" if trained else "without training"
     how = f"in {shots}, {trained}, by kfac-prune {record['versions']['kfac-prune']} (method `{record['method']}`"
     load, task = _loading(record, recipe)
+    told = f"{record['calibration']['tokens']:,} calibration tokens"
+    told += ", further text written by the dense model" if record["calibration"]["own_text"] else ""
     seen = next(name for name in ("tokens", "sequences") if f"evaluation_{name}" in record)
     if recipe.structured:
         tags, loads = "[pruned, kfac-prune]", "It is a plain checkpoint and loads as any other:"
@@ -280,7 +287,7 @@ def model_card(recipe: Recipe, record: dict[str, Any]) -> str:
             f"{record['sparsity']:.1%} of the weights of its blocks are gone: {record['parameters']['pruned']:,} of "
             f"{record['parameters']['dense']:,} parameters are left.\nWhole hidden units or attention heads were "
             f"removed and the remaining weights adjusted\n{how},\n"
-            f"{record['calibration']['tokens']:,} calibration tokens)."
+            f"{told})."
         )
         note = ""
     else:
@@ -295,7 +302,7 @@ def model_card(recipe: Recipe, record: dict[str, Any]) -> str:
             f"{record['sparsity']:.1%} of the weights of {len(record['layers'])} linear layers are zero{pattern}.\n"
             f"Those layers hold {record['parameters_covered']:.1%} of the model's parameters.\n"
             f"The remaining weights were adjusted\n{how},\n"
-            f"allocation `{record['allocation']}`, {record['calibration']['tokens']:,} calibration tokens)."
+            f"allocation `{record['allocation']}`, {told})."
         )
         note = "Zeros alone make a model neither smaller nor faster on a server without kernels for their pattern.\n"
     if record["own_code"]:

@@ -35,8 +35,8 @@ from kfac_prune.structure.shrink import base_class, empty_of, filled
 
 #: Fields of a recipe that move neither a plan nor a smaller model.
 ELSEWHERE = (
-    "model", "data", "out", "eval_data", "eval_samples", "reconstruct", "recover_epochs", "streams", "device",
-    "offload", "max_memory", "overwrite", "resume", "trust_remote_code",
+    "model", "data", "out", "eval_data", "eval_samples", "reconstruct", "own_text", "recover_epochs", "streams",
+    "device", "offload", "max_memory", "overwrite", "resume", "trust_remote_code",
 )  # fmt: skip
 PART, SMALLER, CURVATURE, ORDER = "all layers", "model", "curvature", "order"
 

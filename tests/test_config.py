@@ -23,7 +23,7 @@ COUNTS = ("samples", "eval_samples", "seqlen", "batch_size", "seed", "recover_ep
 LISTS = ("include", "ignore")
 SWITCHES = ("offload", "skip_bad_batches", "overwrite", "resume", "trust_remote_code")
 OPTIONAL_SWITCHES = ("refit", "permute")
-OPTIONAL_COUNTS = ("target_params", "multiple", "shots", "reconstruct")
+OPTIONAL_COUNTS = ("target_params", "multiple", "shots", "reconstruct", "own_text")
 OPTIONAL_NUMBERS = ("sparsity", "damping", "target_latency", "max_memory")
 GROUPS = (TEXTS, OPTIONAL_TEXTS, COUNTS, LISTS, SWITCHES, OPTIONAL_SWITCHES, OPTIONAL_COUNTS, OPTIONAL_NUMBERS)
 
@@ -60,6 +60,7 @@ def test_wrong_type_names_field_and_value(name, value):
 OUT_OF_RANGE = (
     [(name, value) for name in ("samples", "eval_samples", "batch_size") for value in (0, -1, -(10**30))]
     + [("seqlen", value) for value in (1, 0, -5)]
+    + [("own_text", value) for value in (-1, -(10**30))]
     + [("seed", value) for value in (-1, 2**63, 10**40)]
     + [("sparsity", value) for value in (1, 1.0, -0.1, 1.5, math.nan, math.inf, -math.inf, 10**400)]
     + [("damping", value) for value in (0, 0.0, -0.03, 1.1, math.nan, math.inf, -math.inf)]
@@ -421,7 +422,7 @@ def test_reconstruct_needs_windows_to_hold_out():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [(name, value) for name in OPTIONAL_COUNTS if name != "reconstruct" for value in (0, -1, -(10**30))]
+    [(name, value) for name in OPTIONAL_COUNTS[:3] for value in (0, -1, -(10**30))]
     + [("target_latency", value) for value in (0, 0.0, -2.5, math.nan, math.inf, -math.inf)],
 )
 def test_structured_value_out_of_range(name, value):

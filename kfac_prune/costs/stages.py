@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kfac_prune.block_training import HELD_OUT
+from kfac_prune.block_training import held_out
 from kfac_prune.config import Recipe
 from kfac_prune.costs.dry_run import DryRun, Matrix, Passes
 from kfac_prune.costs.solver import QUICK, SLOW, SLOW_NM, curve_work, solve_work, workspace_bytes
@@ -16,6 +16,7 @@ from kfac_prune.costs.work import Call, Product, Transfer, Work, total
 from kfac_prune.curvature.estimate import draws_per_window, layer_groups
 from kfac_prune.curvature.factors import CURVATURE_BYTES
 from kfac_prune.data import Windows
+from kfac_prune.own_text import CACHE_BYTES, PROMPT, cache_bytes
 from kfac_prune.probe import KEPT_BYTES, PROBE_PASSES, PROBE_TOKENS
 from kfac_prune.reconstruction import step_windows
 
@@ -349,29 +350,45 @@ def _reconstruct(s: Setting) -> Stage:
     assert recipe.reconstruct is not None
     size = step_windows(s.windows)
     steps = -(-recipe.samples // size)
-    held = max(steps // HELD_OUT, 1)
+    held = held_out(steps)
+    pool = steps + (recipe.own_text or 0) * (steps - held)  # batches
     again = 1 + TRIALS / (recipe.reconstruct * dry.count)  # epochs in which the first block tries learning rates
     train, look = (steps - held) * recipe.reconstruct, held * (recipe.reconstruct + 1)
     step = dry.step(size, recipe.seqlen)
     work = step.head_train * train + step.head_forward * look
-    work += (step.train * train + step.forward * look) * again + step.forward * (3 * steps)
+    work += (step.train * train + step.forward * look) * again + step.forward * (3 * pool)
     rows = size * recipe.seqlen
     work.add(Product("float32", rows, dry.width, dry.width), (dry.count - 1) * again * (2 * train + look))
     work.move(12 * rows * dry.width, (dry.count - 1) * again * (6 * train + 3 * look))
     block = s.weights / dry.count
     work.move(12 * block, 6 * dry.count * train * again)  # Adam, masks, rounding to the model's dtype
     work.add(Call(), train * again * 14 * len(dry.matrices))
-    stream = s.tokens * dry.width * s.item
+    stream = pool * rows * dry.width * s.item
     written = s.weights * s.item
     work += Work({Transfer("hash"): stream + s.weights + 2 * s.bytes + written, Transfer("disk"): written})
-    work.add(Transfer("link"), s.gpu * stream * (6 + recipe.reconstruct) * dry.count)
+    work.add(Transfer("link"), s.gpu * stream * (6 + recipe.reconstruct * steps / pool) * dry.count)
+    writing, cache = _writing(s, (pool - steps) * size)
+    work += writing
     training = block * (4 * 5 + 2 * s.item) + step.held + 3 * 4 * rows * dry.width
     streams = 5 * stream
     at_device = recipe.streams == "device" or (recipe.streams == "cpu" and not s.gpu)
     on_device, in_main = _factors_left(s)
-    device = on_device + s.stream_bytes + _plan_bytes(s) + training + streams * at_device
+    device = on_device + s.stream_bytes + _plan_bytes(s) + max(training + streams * at_device, cache)
     host = _host_bytes(s) + (in_main + streams * (recipe.streams == "cpu")) * s.gpu
     return _stage(s, "reconstruct", work, device, host, written + streams * (recipe.streams == "disk"))
+
+
+def _writing(s: Setting, windows: int) -> tuple[Work, float]:
+    """Text of the model's own, token by token; and what keys and values take, which on a GPU is a part of the room."""
+    each = cache_bytes(s.recipe.seqlen, s.dry.count, s.dry.width, s.item)
+    size = max(CACHE_BYTES // each, 1)
+    work = Work()
+    for rows in [size] * (windows // size) + [windows % size] * (windows % size > 0):
+        one = s.dry.passes(rows, 1)
+        tokens = s.recipe.seqlen * (1 - 1 / PROMPT)
+        work += (one.forward + one.labels) * tokens
+        work.move(2 * rows * each, tokens)  # half of the keys and values on average, read and written behind each other
+    return work, float(0 if s.gpu else min(windows, size) * each)
 
 
 def _save(s: Setting) -> Stage:
