@@ -17,7 +17,7 @@ EXTRA = [{"rows": 4, "num_warps": 1}]
 #: (rows, columns of W, first column, columns of the block)
 BLOCKS = [(1, 1, 0, 1), (19, 70, 32, 38), (33, 131, 0, 128), (0, 5, 0, 5), (5, 9, 0, 0)]
 FORMS = ["bits", "none", "all", "2:4", "3:7", "5:24"]
-CASES = [(block, form) for block in BLOCKS for form in FORMS]
+CASES = [(block, form) for block in BLOCKS for form in FORMS if block[3] < 128 or form not in ("none", "all")]
 
 
 def make_case(block, form):

@@ -412,7 +412,7 @@ def pruned(*options):
         ("--sparsity", "0.5"),
         ("--sparsity", "0.5", "--reconstruct", "0", "--shots", "2"),
         ("--sparsity", "0.5", "--reconstruct", "1", "--offload"),
-        ("--pattern", "2:4", "--permute"),
+        ("--pattern", "2:4", "--permute", "--reconstruct", "1"),
         ("--sparsity", "0.5", "--method", "ek-fac", "--allocation", "uniform"),
         ("--sparsity", "0.5", "--method", "llm-surgeon", "--reconstruct", "1", "--recover-epochs", "1"),
     ],
@@ -459,15 +459,15 @@ def test_an_expert_without_tokens_is_named_and_stays(here, monkeypatch, capsys):
 
 
 def test_resumed(here, monkeypatch, capsys):
-    first = pruned()
+    first = pruned("--reconstruct", "1")
 
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr(pipeline, "reconstruct_sparse", interrupted)
-        assert main(["prune", "model", *SMALL, "--out", "two"]) == 130
-    assert main(["prune", "model", *SMALL, "--out", "two", "--resume"]) == 0
+        assert main(["prune", "model", *SMALL, "--reconstruct", "1", "--out", "two"]) == 130
+    assert main(["prune", "model", *SMALL, "--reconstruct", "1", "--out", "two", "--resume"]) == 0
     with open("two/kfac_prune.json", encoding="utf-8") as file:
         assert json.load(file)["layers"] == first["layers"]
     one, two = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in ("out", "two"))

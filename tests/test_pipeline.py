@@ -869,8 +869,9 @@ def test_include_and_ignore_together(recipe):
     assert sorted(record["layers"]) == [f"model.layers.{i}.mlp.{k}_proj" for i in (0, 1) for k in ("gate", "up")]
 
 
-@pytest.mark.parametrize("refit", [None, False], ids=["default-refit", "no-refit"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "refit"), [*((method, None) for method in METHODS), ("kfac", True), ("layerwise", True)]
+)
 @pytest.mark.parametrize("model", ["llama", "gpt2", "opt"])
 def test_sparsity_zero_changes_no_bit(model, method, refit, recipe):
     made = recipe(model, sparsity=0, method=method, refit=refit)
