@@ -70,6 +70,9 @@ def continued(model: PreTrainedModel, windows: Windows, copies: int, *, seed: in
     """
     if windows.attention_mask is not None and not bool(windows.attention_mask.all()):
         raise InputError("windows are padded, and their text cannot be continued; use --own-text 0")
+    if not model.can_generate():
+        raise InputError(f"{type(model).__name__} writes no text; use --own-text 0")
+    write: Any = model.generate
     ids = windows.input_ids.repeat(copies, 1)
     length, prompt = ids.shape[1], max(ids.shape[1] // PROMPT, 1)
     shape = copies, len(windows) * ranks.count(), length
@@ -81,7 +84,6 @@ def continued(model: PreTrainedModel, windows: Windows, copies: int, *, seed: in
     with _plainly(model, length - prompt), progress(total=len(parts), desc="write", disable=quiet) as bar:
         for rows, draws in parts:
             begun = rows[:, :prompt].to(model.device)
-            write: Any = model.generate
             try:
                 text = write(
                     begun,
@@ -97,7 +99,7 @@ def continued(model: PreTrainedModel, windows: Windows, copies: int, *, seed: in
 
 
 def _windows_at_a_time(model: PreTrainedModel, length: int) -> int:
-    """So many that their keys and values, at most as wide as the residual stream, have room."""
+    """So many that their keys and values have room."""
     config: Any = model.config.get_text_config()
     each = cache_bytes(length, config.num_hidden_layers, config.hidden_size, model.dtype.itemsize)
     room = torch.cuda.mem_get_info(model.device)[0] // 2 if model.device.type == "cuda" else CACHE_BYTES
@@ -105,7 +107,7 @@ def _windows_at_a_time(model: PreTrainedModel, length: int) -> int:
 
 
 def cache_bytes(length: int, blocks: int, width: int, item: int) -> int:
-    """At most, of the keys and values of one window."""
+    """Of the keys and values of one window, where those are as wide as the residual stream; few models' are wider."""
     return 2 * length * blocks * width * item
 
 

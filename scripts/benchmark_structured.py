@@ -12,6 +12,7 @@ tables in README.md are written from those lines. Prefill and decode are timed d
 import argparse
 import json
 import time
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
 from kfac_prune.block_training import Reconstruction
-from kfac_prune.config import RECONSTRUCT
+from kfac_prune.config import OWN_TEXT, RECONSTRUCT
 from kfac_prune.curvature.estimate import estimate_factors
 from kfac_prune.errors import InputError
 from kfac_prune.loading import context_length, load_model, load_tokenizer
@@ -50,8 +51,11 @@ LABELS = {
     "kfac+refit": "K-FAC + refit, shots",
     "magnitude+reconstruction": "magnitude + reconstruction",
     "layerwise+reconstruction": "layer-wise (G = I) + reconstruction",
-    "kfac+reconstruction": "**K-FAC + reconstruction (default)**",
+    "kfac+reconstruction": "K-FAC + reconstruction",
+    "kfac+own-text": "**K-FAC + reconstruction, own text (default)**",
 }
+#: What follows the cut where nothing is refitted; text of the model's own for K-FAC alone.
+REPAIRS = {"none": None, "reconstruction": 0, "own-text": OWN_TEXT}
 SPEED_MODEL = "random Llama, 8 blocks of width 1024"
 BEGIN, END = "<!-- structured table: begin -->", "<!-- structured table: end -->"
 
@@ -66,6 +70,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=small, help="default: the small ones")
     parser.add_argument("--levels", nargs="+", type=int, default=LEVELS, help="percent removed; default: %(default)s")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
+    parser.add_argument("--repairs", nargs="+", choices=REPAIRS, default=list(REPAIRS), help="default: all")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "structured.jsonl",
                         help="JSON lines; cells that are run again are replaced; default: %(default)s")  # fmt: skip
     parser.add_argument("--speed", action="store_true", help="only time a larger model, see speed_rows")
@@ -146,11 +151,16 @@ def run_model(name: str, arguments: argparse.Namespace) -> Any:
             except InputError as error:  # FFNs alone do not hold half of the weights
                 print(f"{name} {percent} %: {error}", flush=True)
                 continue
-            yield row(method, percent, best, others, time.perf_counter() - start)
-            if settings.refit:  # is instead of a reconstruction
-                continue
-            reconstruct_smaller(model, best.model, layers, factors, calibration, Reconstruction(RECONSTRUCT))
-            yield row(f"{method}+reconstruction", percent, best, others, time.perf_counter() - start)
+            seconds, cut = time.perf_counter() - start, best.model
+            for repair in ["none"] if settings.refit else arguments.repairs:  # a refit is instead of a reconstruction
+                own_text = REPAIRS[repair]
+                if own_text is None:
+                    yield row(method, percent, best, others, seconds)
+                elif not own_text or method == "kfac":
+                    start, best = time.perf_counter(), replace(best, model=deepcopy(cut))
+                    repaired = Reconstruction(RECONSTRUCT, own_text=own_text)
+                    reconstruct_smaller(model, best.model, layers, factors, calibration, repaired)
+                    yield row(f"{method}+{repair}", percent, best, others, seconds + time.perf_counter() - start)
 
 
 def speed_rows() -> Any:

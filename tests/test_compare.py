@@ -86,7 +86,9 @@ def test_a_cell_is_what_the_library_does_step_by_step(here, method, level, repai
     )
     swap = prune(layers, plan)
     if epochs:
-        reconstruct_sparse(model, plan, factors, calibration, swap.swapped_in, Reconstruction(epochs, seed=3))
+        reconstruct_sparse(
+            model, plan, factors, calibration, swap.swapped_in, Reconstruction(epochs, seed=3, own_text=2)
+        )
     quality = evaluate(model, held_out, dense=dense)
     assert row["loss"] == pytest.approx(quality.loss, rel=1e-5)
     assert row["perplexity"] == pytest.approx(quality.perplexity, rel=1e-4)

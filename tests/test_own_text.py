@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import CONTEXT, build, random_windows
 from letters import save_llama
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 
 from kfac_prune import block_training, own_text, ranks
 from kfac_prune.block_training import BlockTraining, Reconstruction
@@ -178,6 +178,11 @@ def test_offload_brings_no_block_for_every_token():
 def test_padded_text_is_not_continued():
     with pytest.raises(InputError, match=r"windows are padded, .* use --own-text 0"):
         continued(build("llama"), random_windows(2, 9, lengths=(9, 4)), 1)
+
+
+def test_encoders_write_nothing():
+    with pytest.raises(InputError, match="BertModel writes no text; use --own-text 0"):
+        continued(AutoModel.from_config(families.FAMILIES["bert"].config()), random_windows(2, 9), 1)
 
 
 def test_a_model_that_cannot_write_is_named_before_any_long_work(tmp_path, monkeypatch):
