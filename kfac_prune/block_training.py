@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from kfac_prune.data import held_out
 from kfac_prune.errors import InputError
 from kfac_prune.masked_training import MaskedParameters, adam, mean_everywhere
 from kfac_prune.memory import arriving
@@ -27,8 +28,6 @@ from kfac_prune.sublayers import Part, Unit
 
 logger = logging.getLogger("kfac_prune")
 
-#: One batch in so many is held out: no step is taken on it, and it decides which state is kept.
-HELD_OUT = 10
 #: Adam's learning rate at the first step, per root mean square of a layer's kept weights; a share x of the steps later
 #: it is 1 − x² of that.
 #: The first block tries this one, half of it and so on, for one epoch each, while that brings more; all blocks then
@@ -121,11 +120,6 @@ class Teacher:
             p = self.stack.compared(self.objective, last + 1, batch.number, batch.goal)
         q = stack.compared(self.objective, last, batch.number, batch.stream)
         return self.objective.divergence(p, q).sum(), len(p)
-
-
-def held_out(batches: int) -> int:
-    """How many of the batches of calibration text are held out, the last ones."""
-    return max(batches // HELD_OUT, 1)
 
 
 class BlockTraining:

@@ -31,6 +31,9 @@ LINES_SUFFIXES = (".jsonl", ".ndjson")
 FOLDER_SUFFIXES = (*TEXT_SUFFIXES, *LINES_SUFFIXES, ".json")
 FILE_SUFFIXES = (*FOLDER_SUFFIXES, ".gz", ".csv", ".parquet")  # a source ending so is never taken for a hub name
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:\S+)?")
+#: One calibration window in so many is held out where weights are trained or corrected: no step sees it, and it decides
+#: what is kept.
+HELD_OUT = 10
 DOCUMENTS_PER_CALL = 1000  # bounds the memory of the tokeniser's encodings
 
 logger = logging.getLogger("kfac_prune")
@@ -124,6 +127,11 @@ class Windows:
         if self.attention_mask is not None:
             digest.update(self.attention_mask.cpu().numpy().astype("u1").tobytes())
         return digest.hexdigest()
+
+
+def held_out(count: int) -> int:
+    """How many of so many windows, or batches of them, are held out."""
+    return max(count // HELD_OUT, 1)
 
 
 @contextmanager

@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kfac_prune import ranks
-from kfac_prune.block_training import BlockTraining, Reconstructed, Reconstruction, Teacher, held_out
+from kfac_prune.block_training import BlockTraining, Reconstructed, Reconstruction, Teacher
 from kfac_prune.curvature.factors import Factors
-from kfac_prune.data import Windows
+from kfac_prune.data import Windows, held_out
 from kfac_prune.errors import InputError
 from kfac_prune.offload import resident
 from kfac_prune.operators import Damping

@@ -19,8 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kfac_prune import ranks
-from kfac_prune.block_training import HELD_OUT
-from kfac_prune.data import WindowBatch, Windows
+from kfac_prune.data import WindowBatch, Windows, held_out
 from kfac_prune.errors import InputError
 from kfac_prune.masked_training import MaskedParameters, adam, mean_everywhere
 from kfac_prune.models import Layer, only_trained
@@ -95,7 +94,7 @@ def recover(
     """
     begin = time.perf_counter()
     processes = ranks.count()
-    few = max(len(windows) // HELD_OUT, 1)
+    few = held_out(len(windows))
     if len(windows) - few < processes:
         raise InputError(
             f"recovery holds a tenth of the calibration windows out and there are {len(windows)} for {processes} "

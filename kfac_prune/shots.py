@@ -26,7 +26,7 @@ from kfac_prune import ranks
 from kfac_prune.config import Recipe
 from kfac_prune.curvature.estimate import estimate_factors, frozen
 from kfac_prune.curvature.factors import KnownFactors, LayerFactors
-from kfac_prune.data import Windows
+from kfac_prune.data import Windows, held_out
 from kfac_prune.fisher import FisherType
 from kfac_prune.models import Layer, only_trained, owners
 from kfac_prune.objective import CAUSAL, Objective
@@ -43,8 +43,6 @@ SHOTS, LARGE_LOSS, LEAST_WINDOWS = 3, 0.05, 16
 #: Fractions of the Newton step that are tried in turn, on so many windows, until one is worse than the best by
 #: ``SLACK``.
 STEPS, SEARCH_WINDOWS, SLACK = (0.01, 0.03, 0.1, 0.3), 16, 0.02
-#: One window in so many is held out: neither gradient, curvature nor step sees it, and it decides what is kept.
-HELD_OUT = 10
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ def correct(
     records: list[Correction] = []
     if corrections < 1 or len(windows) < 2:
         return plan, records
-    fit, held_out = windows.split(max(len(windows) // HELD_OUT, 1))
+    fit, held = windows.split(held_out(len(windows)))
     few = fit.split(SEARCH_WINDOWS)[1] if len(fit) > SEARCH_WINDOWS else fit
     options: Any = {"objective": objective, "batch_size": batch_size}
 
@@ -150,11 +148,11 @@ def correct(
     present = list(plan.layers)
     by_name = {layer.name: layer for layer in layers}
     layers = [by_name[planned.name] for planned in present]
-    best = kl(held_out)
+    best = kl(held)
     for number in progress(range(1, corrections + 1), desc="shots", unit="shot", disable=quiet):
         step, moved = shot(seed + number)
         _assign(layers, moved)
-        after = kl(held_out) if step else best
+        after = kl(held) if step else best
         better = after < best
         records.append(Correction(step if better else 0.0, best, after if better else best))
         if not better:

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from kfac_prune.block_training import held_out
 from kfac_prune.config import Recipe
 from kfac_prune.costs.dry_run import DryRun, Matrix, Passes
 from kfac_prune.costs.solver import QUICK, SLOW, SLOW_NM, curve_work, solve_work, workspace_bytes
 from kfac_prune.costs.work import Call, Product, Transfer, Work, total
 from kfac_prune.curvature.estimate import draws_per_window, layer_groups
 from kfac_prune.curvature.factors import CURVATURE_BYTES
-from kfac_prune.data import Windows
+from kfac_prune.data import Windows, held_out
 from kfac_prune.own_text import CACHE_BYTES, PROMPT, cache_bytes
 from kfac_prune.probe import KEPT_BYTES, PROBE_PASSES, PROBE_TOKENS
 from kfac_prune.reconstruction import step_windows
