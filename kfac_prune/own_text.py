@@ -2,7 +2,7 @@
 
 Blocks learn to give the dense model's outputs, for which any text will do that the model meets in use, and no label is
 needed. Where text is scarce, what is learnt from it alone fits its noise. Windows that the dense model continues by
-itself are nearly as good as further windows of the text (self-calibration, Williams et al. 2024).
+itself are nearly as good as further windows of the text (self-calibration, Williams et al. 2025).
 """
 
 from __future__ import annotations
@@ -100,14 +100,23 @@ def continued(model: PreTrainedModel, windows: Windows, copies: int, *, seed: in
 
 def _windows_at_a_time(model: PreTrainedModel, length: int) -> int:
     """So many that their keys and values have room."""
-    config: Any = model.config.get_text_config()
-    each = cache_bytes(length, config.num_hidden_layers, config.hidden_size, model.dtype.itemsize)
+    each = cache_bytes(model.config.get_text_config(), length, model.dtype.itemsize)
     room = torch.cuda.mem_get_info(model.device)[0] // 2 if model.device.type == "cuda" else CACHE_BYTES
     return max(room // each, 1)
 
 
-def cache_bytes(length: int, blocks: int, width: int, item: int) -> int:
-    """Of the keys and values of one window, where those are as wide as the residual stream; few models' are wider."""
+def cache_bytes(config: Any, length: int, item: int) -> int:
+    """Of the keys and values of one window; they are as wide as the residual stream where KV heads are not told.
+
+    Args:
+        config: of the language model.
+        length: tokens of a window.
+        item: bytes of a number.
+    """
+    width: int = config.hidden_size
+    if heads := getattr(config, "num_key_value_heads", None):
+        width = heads * (getattr(config, "head_dim", None) or width // config.num_attention_heads)
+    blocks: int = config.num_hidden_layers
     return 2 * length * blocks * width * item
 
 

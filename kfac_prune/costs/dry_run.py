@@ -106,6 +106,7 @@ class DryRun:
         ignore: the same.
 
     Attributes:
+        config: of the language model.
         matrices: that are to be pruned, in the order of the model.
         count: of blocks.
         width: of the residual stream.
@@ -117,6 +118,7 @@ class DryRun:
         self, model: PreTrainedModel, objective: Objective, include: Sequence[str] = (), ignore: Sequence[str] = ()
     ) -> None:
         self._model, self.objective = model, objective
+        self.config: Any = model.config.get_text_config()
         for module in model.modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, name, buffer.to("meta"))

@@ -379,15 +379,15 @@ def _reconstruct(s: Setting) -> Stage:
 
 def _writing(s: Setting, windows: int) -> tuple[Work, float]:
     """Text of the model's own, token by token; and what keys and values take, which on a GPU is a part of the room."""
-    each = cache_bytes(s.recipe.seqlen, s.dry.count, s.dry.width, s.item)
-    size = max(CACHE_BYTES // each, 1)
-    work = Work()
-    for rows in [size] * (windows // size) + [windows % size] * (windows % size > 0):
-        one = s.dry.passes(rows, 1)
-        tokens = s.recipe.seqlen * (1 - 1 / PROMPT)
-        work += (one.forward + one.labels) * tokens
-        work.move(2 * rows * each, tokens)  # half of the keys and values on average, read and written behind each other
-    return work, float(0 if s.gpu else min(windows, size) * each)
+    if not windows:
+        return Work(), 0.0
+    each = cache_bytes(s.dry.config, s.recipe.seqlen, s.item)
+    room = s.room if s.gpu and s.room else CACHE_BYTES
+    size = min(max(int(room // each), 1), windows)
+    one, tokens = s.dry.passes(size, 1), s.recipe.seqlen * (1 - 1 / PROMPT) * windows / size
+    work = (one.forward + one.labels) * tokens
+    work.move(2 * size * each, tokens)  # half of the keys and values on average, read and written one behind the other
+    return work, 0.0 if s.gpu else float(size * each)
 
 
 def _save(s: Setting) -> Stage:
