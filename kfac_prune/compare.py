@@ -31,6 +31,7 @@ from kfac_prune.models import prunable_layers
 from kfac_prune.objective import CAUSAL, find_objective
 from kfac_prune.obs import NM
 from kfac_prune.operators import Damping
+from kfac_prune.own_text import check_writes
 from kfac_prune.protocol import Comparison, Trial
 from kfac_prune.report import versions
 from kfac_prune.store import Ledger, check_apart, check_output, content_hash, earlier_result
@@ -77,6 +78,8 @@ def compare(comparison: Comparison, *, echo: Callable[[str], None] = print, quie
     for method in methods:
         if method in SEQUENCE_METHODS:
             check_memory(method, inputs.layers, inputs.calibration, objective)
+    if comparison.recipe.reconstruct and comparison.own_text:
+        check_writes(inputs.model, inputs.calibration)
     ledger = _ledger(folder / CELLS, comparison, inputs)
     wanted = [(trial, repair) for seed in _seeds(comparison) for trial in comparison.trials(seed)
               for repair in comparison.repairs]  # fmt: skip

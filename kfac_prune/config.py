@@ -239,11 +239,13 @@ class Recipe:
         for name, least in (("samples", 1), ("eval_samples", 1), ("seqlen", 2), ("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        for name in ("reconstruct", "own_text", "recover_epochs"):
-            count = getattr(self, name) or 0
-            if count < 0:
-                raise InputError(f"{name} is {count}; it must be at least 0")
-            if count and name != "own_text" and self.samples < 10:
+        if self.own_text is not None and not 0 <= self.own_text <= 100:
+            raise InputError(f"own_text is {self.own_text}; it must be at least 0 and at most 100")
+        for name in ("reconstruct", "recover_epochs"):
+            epochs = getattr(self, name) or 0
+            if epochs < 0:
+                raise InputError(f"{name} is {epochs}; it must be at least 0")
+            if epochs and self.samples < 10:
                 reason = "holds a tenth of the windows out and needs at least 10"
                 raise InputError(f"{name} {reason}; samples is {self.samples}")
         if self.seed >= 2**63:
@@ -268,13 +270,15 @@ class Recipe:
         if self.offload:
             whole = {"structured": self.structured, "recover_epochs": self.recover_epochs}
             whole |= {
-                "own_text": self.own_text,
+                "own_text": self.own_text and self.reconstruct != 0,
                 "shots": (self.shots or 1) > 1,
                 "method": self.method in (*SEQUENCE_METHODS, "llm-surgeon"),
             }
             if given := [name for name, value in whole.items() if value]:
                 what = f"{given[0]} {getattr(self, given[0])}"
-                raise InputError(f"offload brings single blocks to the device; {what} needs the whole model there")
+                raise InputError(
+                    f"offload brings single blocks to the device; {what} needs the whole model there; drop one of them"
+                )
         self._check_allocation()
         self._check_structured()
 

@@ -20,7 +20,7 @@ from kfac_prune.inputs import resolve_device
 from kfac_prune.inspect_model import empty_model
 from kfac_prune.loading import DTYPES, load_config, load_tokenizer
 from kfac_prune.objective import find_objective
-from kfac_prune.own_text import own_text_of
+from kfac_prune.own_text import CACHE_BYTES, CACHE_SHARE, own_text_of
 
 GIB = 2**30
 #: Share of the processor that others use, from which times are not to be trusted.
@@ -159,7 +159,6 @@ def estimate(recipe: Recipe, card: str | None = None) -> Estimate:
     _check(recipe, card)
     config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
     objective = find_objective(recipe.objective, recipe.model, config)
-    recipe = replace(recipe, own_text=own_text_of(recipe, objective))
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(limit, int) and 0 < limit < recipe.seqlen:
         raise InputError(f"--seqlen is {recipe.seqlen}, and the model's context is {limit} tokens; lower --seqlen")
@@ -168,6 +167,7 @@ def estimate(recipe: Recipe, card: str | None = None) -> Estimate:
     if card is None and (speed := _tokenizing(recipe)) is not None:
         machine = replace(machine, channels={**machine.channels, "text": speed})
     model = empty_model(recipe.model, config, recipe.trust_remote_code, dtype)
+    recipe = replace(recipe, own_text=own_text_of(recipe, objective, writes=model.can_generate()))
     dry = DryRun(model, objective, recipe.include, recipe.ignore)
     parameters = model.num_parameters()
     size = float(sum(p.numel() * p.element_size() for p in model.parameters()))
@@ -175,7 +175,8 @@ def estimate(recipe: Recipe, card: str | None = None) -> Estimate:
     if room is None and machine.gpu:  # half of what is free, as ``estimate_factors`` has it, but one layer at least
         taken = size if not recipe.offload else size - dry.blocks_bytes + 2 * dry.block_bytes
         room = max((machine.memory - taken) / 2, 4.0 * max(sum(n**2 for n in m.shape) for m in dry.matrices))
-    setting = Setting(recipe, dry, size, dtype.itemsize, machine.gpu, room, _text_bytes(recipe))
+    cache = machine.memory / CACHE_SHARE if machine.gpu else float(CACHE_BYTES)
+    setting = Setting(recipe, dry, size, dtype.itemsize, machine.gpu, room, _text_bytes(recipe), cache)
     rows = []
     host = machine.base
     for stage in stages_of(setting):

@@ -22,7 +22,7 @@ from kfac_prune.inspect_model import coverage
 from kfac_prune.loading import load_config
 from kfac_prune.models import Layer
 from kfac_prune.objective import Objective, find_objective
-from kfac_prune.own_text import continued, own_text_of
+from kfac_prune.own_text import check_writes, own_text_of
 from kfac_prune.quality import Quality
 from kfac_prune.reconstruction import own_steps
 from kfac_prune.report import Stages
@@ -122,8 +122,9 @@ def begin(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
         if not recipe.reconstruct:
             echo(f"one shot: {what}")
         recipe = replace(recipe, shots=1)
+    recipe = replace(recipe, own_text=own_text_of(recipe, objective, writes=model.can_generate()))
     if recipe.reconstruct or recipe.refit:
-        recipe = _repairs(recipe, model, objective, calibration, echo)
+        recipe = _repairs(recipe, model, calibration, echo)
     return Job(
         recipe,
         stages,
@@ -139,14 +140,8 @@ def begin(recipe: Recipe, echo: Callable[[str], None], quiet: bool) -> Job:
     )
 
 
-def _repairs(
-    recipe: Recipe,
-    model: PreTrainedModel,
-    objective: Objective,
-    calibration: Windows,
-    echo: Callable[[str], None],
-) -> Recipe:
-    """The recipe without the repairs that the model does not allow, which is said, and with its rule on own text."""
+def _repairs(recipe: Recipe, model: PreTrainedModel, calibration: Windows, echo: Callable[[str], None]) -> Recipe:
+    """The recipe without the refit and reconstruction that the model does not allow, which is said."""
     kind, stack = type(model).__name__, first_window(model, calibration)
     if not stack.blocks:
         echo(f"no refit and no reconstruction: {kind} has no list of blocks")
@@ -156,9 +151,8 @@ def _repairs(
         return replace(recipe, reconstruct=0, refit=False)
     if recipe.reconstruct:  # refused now rather than once the plan is made
         own_steps(calibration)
-        recipe = replace(recipe, own_text=own_text_of(recipe, objective, writes=model.can_generate()))
         if recipe.own_text:
-            continued(model, Windows(calibration.input_ids[:1, :9]), 1)
+            check_writes(model, calibration)
     if recipe.refit and not has_writers(stack):
         echo(
             f"no refit: no layers of {kind} give together what its first block adds to the residual stream (it may be "

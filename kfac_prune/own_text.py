@@ -20,17 +20,21 @@ from kfac_prune.config import OWN_TEXT, Recipe
 from kfac_prune.data import Windows
 from kfac_prune.errors import InputError, reason
 from kfac_prune.fisher import sample_labels
+from kfac_prune.models import find_blocks, prunable_layers
 from kfac_prune.objective import CAUSAL, Objective
 from kfac_prune.progress import progress
 
 #: One part in so many of a window is the text's own, and the model continues it. (Of 2, 4 and 8 the last was best.)
 PROMPT = 8
-#: Bytes that keys and values of the windows may take which are written at a time; on a GPU half of what is free.
-CACHE_BYTES = 2**31
+#: Room for keys and values of the windows that are written at a time: bytes on a CPU, one part in so many of a GPU. Not
+#: what happens to be free, since rounding, and now and then a token, depends on how many there are.
+CACHE_BYTES, CACHE_SHARE = 2**31, 8
 
 
-def own_text_of(recipe: Recipe, objective: Objective, *, writes: bool = True) -> int:
+def own_text_of(recipe: Recipe, objective: Objective, *, writes: bool) -> int:
     """Windows that the model is to write per calibration window: as the recipe says, or by its rule.
+
+    By that epochs are enough to see all text, since each takes as many steps as there is calibration text.
 
     Args:
         recipe: resolved.
@@ -40,20 +44,31 @@ def own_text_of(recipe: Recipe, objective: Objective, *, writes: bool = True) ->
     Raises:
         InputError: it asks for text that the model cannot write.
     """
+    if not recipe.reconstruct:
+        return 0
     able = objective == CAUSAL and writes
     if recipe.own_text is None:
-        return OWN_TEXT if able and recipe.reconstruct and not recipe.offload else 0
+        return min(OWN_TEXT, recipe.reconstruct - 1) if able and not recipe.offload else 0
     if recipe.own_text and not able:
         why = f"a model for {objective.name}" if objective != CAUSAL else "a model whose code has no generate()"
         raise InputError(f"own_text is {recipe.own_text}, and {why} writes no text; use --own-text 0")
     return recipe.own_text
 
 
+def check_writes(model: PreTrainedModel, windows: Windows) -> None:
+    """The model can write: it is let to continue a token by eight.
+
+    Raises:
+        InputError: it cannot.
+    """
+    continued(model, Windows(windows.input_ids[:1, : PROMPT + 1]), 1)
+
+
 def continued(model: PreTrainedModel, windows: Windows, copies: int, *, seed: int = 0, quiet: bool = True) -> Windows:
     """Windows that begin as the calibration's do and are continued by samples of the model's distribution.
 
     Of several processes every one continues its own windows. What is written depends on the number that a window has
-    among those of all processes, not on what it is batched with.
+    among those of all processes, and on what it is batched with by rounding alone.
 
     Args:
         model: a causal language model, as it is to be.
@@ -72,52 +87,60 @@ def continued(model: PreTrainedModel, windows: Windows, copies: int, *, seed: in
         raise InputError("windows are padded, and their text cannot be continued; use --own-text 0")
     if not model.can_generate():
         raise InputError(f"{type(model).__name__} writes no text; use --own-text 0")
-    write: Any = model.generate
     ids = windows.input_ids.repeat(copies, 1)
     length, prompt = ids.shape[1], max(ids.shape[1] // PROMPT, 1)
-    shape = copies, len(windows) * ranks.count(), length
+    shape = len(windows) * ranks.count(), copies, length
     numbers = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    numbers = numbers[:, ranks.index() :: ranks.count()].flatten(0, 1)
-    size = _windows_at_a_time(model, length)
+    numbers = numbers[ranks.index() :: ranks.count()].transpose(0, 1).flatten(0, 1)
+    size = max(_room(model.device) // _cache_bytes(model, length), 1)
     parts = list(zip(ids.split(size), numbers.split(size), strict=True))
     written = []
     with _plainly(model, length - prompt), progress(total=len(parts), desc="write", disable=quiet) as bar:
         for rows, draws in parts:
-            begun = rows[:, :prompt].to(model.device)
             try:
-                text = write(
-                    begun,
-                    attention_mask=torch.ones_like(begun),
-                    logits_processor=LogitsProcessorList([_Sampled(draws)]),
-                )
+                written.append(_write(model, rows[:, :prompt].to(model.device), draws).cpu())
+                if written[-1].shape != rows.shape:
+                    raise ValueError(f"{list(written[-1].shape)} tokens instead of {list(rows.shape)}")
             except Exception as error:  # whatever the model's code happens to raise
                 message = f"{type(model).__name__} cannot write text ({reason(error)}); use --own-text 0"
                 raise InputError(message) from error
-            written.append(text.cpu())
             bar.update(1)
     return Windows(torch.cat(written))
 
 
-def _windows_at_a_time(model: PreTrainedModel, length: int) -> int:
-    """So many that their keys and values have room."""
-    each = cache_bytes(model.config.get_text_config(), length, model.dtype.itemsize)
-    room = torch.cuda.mem_get_info(model.device)[0] // 2 if model.device.type == "cuda" else CACHE_BYTES
-    return max(room // each, 1)
+def _write(model: PreTrainedModel, begun: Tensor, draws: Tensor) -> Tensor:
+    generate: Any = model.generate
+    sampled = LogitsProcessorList([_Sampled(draws)])
+    text: Tensor = generate(begun, attention_mask=torch.ones_like(begun), logits_processor=sampled)
+    return text
 
 
-def cache_bytes(config: Any, length: int, item: int) -> int:
+def _room(device: torch.device) -> int:
+    if device.type != "cuda":
+        return CACHE_BYTES
+    return int(torch.cuda.get_device_properties(device).total_memory) // CACHE_SHARE
+
+
+def _cache_bytes(model: PreTrainedModel, length: int) -> int:
+    blocks, _ = find_blocks(model, prunable_layers(model))
+    embeddings: Any = model.get_input_embeddings().weight
+    return cache_bytes(model.config.get_text_config(), length, len(blocks), embeddings.shape[1], model.dtype.itemsize)
+
+
+def cache_bytes(config: Any, length: int, blocks: int, width: int, item: int) -> int:
     """Of the keys and values of one window; they are as wide as the residual stream where KV heads are not told.
 
     Args:
         config: of the language model.
         length: tokens of a window.
+        blocks: their number.
+        width: of the residual stream.
         item: bytes of a number.
     """
-    width: int = config.hidden_size
-    if heads := getattr(config, "num_key_value_heads", None):
-        width = heads * (getattr(config, "head_dim", None) or width // config.num_attention_heads)
-    blocks: int = config.num_hidden_layers
-    return 2 * length * blocks * width * item
+    heads, head = getattr(config, "num_key_value_heads", None), getattr(config, "head_dim", None)
+    if isinstance(heads, int) and isinstance(head, int):
+        width = heads * head
+    return max(2 * length * blocks * width * item, 1)
 
 
 @contextmanager

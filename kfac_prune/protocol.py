@@ -126,6 +126,11 @@ class Comparison:
         """What every trial is measured with."""
         return REPAIRS if self.recipe.reconstruct else REPAIRS[:1]
 
+    @property
+    def own_text(self) -> int:
+        """Windows that the model writes itself for a reconstruction, per calibration window."""
+        return OWN_TEXT if self.recipe.own_text is None else self.recipe.own_text
+
     def trials(self, seed: int) -> list[Trial]:
         """Those with a seed, level by level; an allocation other than uniform has none where a pattern fixes all."""
         made = []
@@ -138,7 +143,7 @@ class Comparison:
                 own: dict[str, Any] = {"method": method, "pattern": level.pattern, "seed": seed}
                 own |= {} if fixed else {"sparsity": level.sparsity, "allocation": allocation or None}
                 own["reconstruct"] = self.recipe.reconstruct or 0
-                own["own_text"] = OWN_TEXT if self.recipe.own_text is None else self.recipe.own_text
+                own["own_text"] = self.own_text
                 made.append(Trial(name, level, replace(self.recipe, **own).resolved()))
         return made
 

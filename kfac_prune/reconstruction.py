@@ -96,7 +96,10 @@ def with_own_text(
     steps -= held_out(steps)
     begun = windows.chosen(range(steps * size))
     text = continued(model, begun, settings.own_text, seed=settings.seed, quiet=quiet)
-    return Windows(torch.cat([text.input_ids, windows.input_ids])), settings.own_text * steps
+    mask = windows.attention_mask  # of windows that are held out
+    if mask is not None:
+        mask = torch.cat([torch.ones_like(text.input_ids, dtype=torch.bool), mask])
+    return Windows(torch.cat([text.input_ids, windows.input_ids]), mask), settings.own_text * steps
 
 
 def metrics(factors: Factors, damping: Damping, unit: Unit) -> dict[str, Tensor]:
@@ -194,7 +197,7 @@ def reconstruct(
         raise InputError(f"{type(stack.model).__name__} has no list of blocks to reconstruct; use --reconstruct 0")
     stack.check_calls("reconstruction sees the first alone; use --reconstruct 0")
     batches = len(stack.entries)
-    if batches < 2:
+    if batches - further < 2:
         raise InputError(
             "reconstruction holds a tenth of the calibration windows out and there is one batch; add --samples, or use "
             "--reconstruct 0"

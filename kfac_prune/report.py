@@ -121,7 +121,7 @@ def result_record(
             "tokens": calibration.tokens,
             "skipped": skipped,
             "sha256": calibration.sha256(),
-            "own_text": recipe.own_text or 0,
+            "own_text": (recipe.own_text or 0) if own_part["reconstruction"] else 0,
         },
         **figures,
         "kl_measured": pruned.kl,

@@ -60,7 +60,7 @@ def test_wrong_type_names_field_and_value(name, value):
 OUT_OF_RANGE = (
     [(name, value) for name in ("samples", "eval_samples", "batch_size") for value in (0, -1, -(10**30))]
     + [("seqlen", value) for value in (1, 0, -5)]
-    + [("own_text", value) for value in (-1, -(10**30))]
+    + [("own_text", value) for value in (-1, 101, -(10**30))]
     + [("seed", value) for value in (-1, 2**63, 10**40)]
     + [("sparsity", value) for value in (1, 1.0, -0.1, 1.5, math.nan, math.inf, -math.inf, 10**400)]
     + [("damping", value) for value in (0, 0.0, -0.03, 1.1, math.nan, math.inf, -math.inf)]

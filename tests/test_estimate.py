@@ -157,7 +157,7 @@ def test_factors_against_the_tensors_of_a_run(model, make_windows, size):
     tensors = {id(t): t.nbytes for one in factors.layers.values() for t in (one.a, one.g)}
     dried = dry(model)
     room = None if size is None else size * 2**30
-    setting = Setting(recipe("unused"), dried, 0.0, 4, False, room, {})
+    setting = Setting(recipe("unused"), dried, 0.0, 4, False, room, {}, 0.0)
     assert setting.factor_bytes == sum(tensors.values())
     assert setting.stream_bytes == sum(t.nbytes for t in factors.streams.values())
     assert (setting.groups > 1) == (size is not None)
@@ -246,6 +246,7 @@ def estimated(source, **fields):
         ({"seqlen": 16}, {"seqlen": 8}),
         ({"reconstruct": 8}, {"reconstruct": 2}),
         ({"reconstruct": 2}, {"reconstruct": 0, "refit": False}),
+        ({"reconstruct": 5}, {"reconstruct": 5, "own_text": 0}),
         ({"eval_samples": 64}, {"eval_samples": 8}),
         ({"allocation": "curves"}, {"allocation": "uniform"}),
         ({"method": "kfac"}, {"method": "magnitude", "reconstruct": 8}),

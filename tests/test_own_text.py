@@ -11,11 +11,11 @@ from conftest import CONTEXT, build, random_windows
 from letters import save_llama
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 
-from kfac_prune import block_training, own_text, ranks
+from kfac_prune import block_training, own_text, ranks, reconstruction
 from kfac_prune.block_training import BlockTraining, Reconstruction
+from kfac_prune.compare import compare
 from kfac_prune.config import OWN_TEXT, Recipe
 from kfac_prune.curvature.estimate import estimate_factors
-from kfac_prune.data import Windows
 from kfac_prune.errors import InputError
 from kfac_prune.experts import split_experts
 from kfac_prune.fisher import sample_labels
@@ -25,7 +25,10 @@ from kfac_prune.obs import NM
 from kfac_prune.own_text import PROMPT, continued, own_text_of
 from kfac_prune.pipeline import run
 from kfac_prune.plan import make_plan, prune
+from kfac_prune.protocol import Comparison
 from kfac_prune.reconstruction import reconstruct_sparse, with_own_text
+from kfac_prune.structure.prune import Settings, prune_structured, weights_target
+from kfac_prune.structure.repair import reconstruct_smaller
 
 KEPT = CONTEXT // PROMPT
 
@@ -46,9 +49,19 @@ def by_hand(model, prompts, draws):
 
 def test_every_token_is_a_sample_of_the_model_given_those_before(family):
     model, windows = build(family, dtype=torch.float64), random_windows(5, CONTEXT)
-    draws = torch.rand(2, 5, CONTEXT, generator=torch.Generator().manual_seed(7), dtype=torch.float64).flatten(0, 1)
+    draws = torch.rand(5, 2, CONTEXT, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    draws = draws.transpose(0, 1).flatten(0, 1)
     expected = by_hand(model, windows.input_ids[:, :KEPT].repeat(2, 1), draws)
     assert torch.equal(written(model, windows, seed=7), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("length", [2, 3, 8, 9])
+def test_short_windows_in_sixteen_bits(length, dtype):
+    model, windows = build("llama", dtype=dtype), random_windows(4, length)
+    text = written(model, windows, 3)
+    assert text.shape == (12, length)
+    assert torch.equal(text[:, :1], windows.input_ids[:, :1].repeat(3, 1))
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
@@ -76,18 +89,19 @@ def test_neither_batches_nor_the_models_own_settings_matter(monkeypatch):
     assert not torch.equal(written(model, windows, seed=1), expected)
 
 
-def test_short_windows_and_the_prompts_of_long_ones():
+def test_every_window_is_continued_in_other_ways():
     model, windows = build("llama"), random_windows(4, CONTEXT)
     text = written(model, windows, 3)
     assert text.shape == (12, CONTEXT)
     assert torch.equal(text[:, :KEPT], windows.input_ids[:, :KEPT].repeat(3, 1))
     assert len({tuple(row) for row in text.tolist()}) == 12
-    assert written(model, Windows(windows.input_ids[:, :2])).shape == (8, 2)
 
 
 def test_two_processes_write_what_one_would(monkeypatch):
-    model, windows = build("llama", dtype=torch.float64), random_windows(6, CONTEXT)
-    alone = written(model, windows).view(2, 6, CONTEXT)
+    """Also where one would write for a window more."""
+    model, windows = build("llama", dtype=torch.float64), random_windows(7, CONTEXT)
+    alone = written(model, windows).view(2, 7, CONTEXT)[:, :6]
+    windows = windows.chosen(range(6))
     monkeypatch.setattr(ranks, "count", lambda: 2)
     for rank in (0, 1):
         monkeypatch.setattr(ranks, "index", lambda rank=rank: rank)
@@ -101,6 +115,14 @@ def test_what_is_held_out_is_not_continued():
     assert torch.equal(found.input_ids[44:], windows.input_ids)
     assert torch.equal(found.input_ids[:44, :KEPT], windows.input_ids[:22, :KEPT].repeat(2, 1))
     assert with_own_text(model, windows, 2, Reconstruction(1)) == (windows, 0)
+
+
+def test_padding_of_windows_that_are_held_out_stays():
+    windows = random_windows(12, 9, lengths=(9,) * 11 + (4,))
+    found, further = with_own_text(build("llama"), windows, 1, Reconstruction(2, own_text=1))
+    assert further == 11
+    assert found.attention_mask[:22].all()
+    assert torch.equal(found.attention_mask[11:], windows.attention_mask)
 
 
 def test_epochs_take_no_more_steps_and_see_all_text_before_any_again(monkeypatch):
@@ -137,6 +159,23 @@ def test_it_learns_on_it(monkeypatch):
     assert all(record.after < record.before for record in records)
 
 
+def test_smaller_models_learn_on_text_of_the_dense_one(monkeypatch):
+    model, windows = build("llama"), random_windows(20, CONTEXT)
+    layers = prunable_layers(model)
+    factors, writers = estimate_factors(model, layers, windows), []
+    best, _ = prune_structured(model, layers, windows, weights_target(model, layers, 0.2), settings=Settings(shots=1))
+    original = reconstruction.continued
+
+    def seen(writer, *arguments, **options):
+        writers.append(writer)
+        return original(writer, *arguments, **options)
+
+    monkeypatch.setattr(reconstruction, "continued", seen)
+    records = reconstruct_smaller(model, best.model, layers, factors, windows, Reconstruction(4, own_text=2))
+    assert writers == [model]
+    assert all(record.after <= record.before for record in records)
+
+
 # --- the option
 
 
@@ -148,19 +187,22 @@ def recipe(**fields):
     ("fields", "expected"),
     [
         ({}, OWN_TEXT),
+        ({"reconstruct": 2}, 1),  # more would not be seen
+        ({"reconstruct": 1}, 0),
         ({"own_text": 3}, 3),
+        ({"own_text": 3, "reconstruct": 0}, 0),
         ({"own_text": 0}, 0),
         ({"reconstruct": 0}, 0),
         ({"samples": 15}, 0),
         ({"method": "wanda"}, 0),
-        ({"method": "wanda", "reconstruct": 1}, OWN_TEXT),
+        ({"method": "wanda", "reconstruct": 5}, OWN_TEXT),
         ({"offload": True}, 0),
         ({"structured": "ffn"}, OWN_TEXT),
     ],
     ids=str,
 )
 def test_by_default_causal_models_write_what_is_reconstructed_on(fields, expected):
-    assert own_text_of(recipe(**fields), CAUSAL) == expected
+    assert own_text_of(recipe(**fields), CAUSAL, writes=True) == expected
 
 
 @pytest.mark.parametrize(("objective", "writes"), [(Tokens(causal=False), True), (CAUSAL, False)])
@@ -171,8 +213,9 @@ def test_models_that_write_no_text(objective, writes):
 
 
 def test_offload_brings_no_block_for_every_token():
-    with pytest.raises(InputError, match="offload brings single blocks to the device; own_text 1 needs the whole"):
+    with pytest.raises(InputError, match=r"own_text 1 needs the whole model there; drop one of them"):
         recipe(offload=True, own_text=1)
+    assert recipe(offload=True, own_text=1, reconstruct=0).own_text == 1
 
 
 def test_padded_text_is_not_continued():
@@ -194,12 +237,20 @@ def test_a_model_that_cannot_write_is_named_before_any_long_work(tmp_path, monke
     def fails(*arguments, **options):
         raise NotImplementedError("no cache")
 
+    comparison = Comparison(made, levels=["50%"], methods=["kfac"])
     with monkeypatch.context() as patch:
         patch.setattr("transformers.GenerationMixin.generate", fails)
         patch.setattr("kfac_prune.pipeline.estimate_factors", None)
         with pytest.raises(InputError, match=r"LlamaForCausalLM cannot write text \(no cache\); use --own-text 0"):
             run(made)
-    record = run(dataclasses.replace(made, reconstruct=1))
+        with pytest.raises(InputError, match=r"LlamaForCausalLM cannot write text \(no cache\); use --own-text 0"):
+            compare(dataclasses.replace(comparison, recipe=dataclasses.replace(made, reconstruct=1)))
+        patch.setattr("transformers.GenerationMixin.generate", lambda self, ids, **options: ids)
+        with pytest.raises(InputError, match=r"cannot write text \(\[1, 1\] tokens instead of \[1, 9\]\); use"):
+            run(made)
+    plain = run(dataclasses.replace(made, reconstruct=0, own_text=2))
+    assert plain["calibration"]["own_text"] == 0
+    record = run(dataclasses.replace(made, reconstruct=3, overwrite=True))
     assert record["calibration"]["own_text"] == OWN_TEXT
     assert "calibration tokens, further text written by the dense model)" in (Path(made.out) / "README.md").read_text()
     assert "own_text: 2" in (Path(made.out) / "recipe.yaml").read_text()

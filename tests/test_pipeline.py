@@ -111,7 +111,7 @@ def recipe(place, tmp_path):
         default = {"model": str(place / model), "data": str(place / "text.txt"), "out": str(tmp_path / "out")}
         compensates = fields.get("method", "kfac") in ("kfac", "layerwise")
         if compensates and not fields.get("refit") and fields.get("samples", 48) >= 16:
-            default |= {"reconstruct": 1, "own_text": 0}  # which is enough here
+            default["reconstruct"] = 1  # epoch, which is enough here
         return Recipe(**{**default, "samples": 48, "eval_samples": 16, "seqlen": 16, **fields})
 
     return make

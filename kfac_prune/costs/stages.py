@@ -15,7 +15,7 @@ from kfac_prune.costs.work import Call, Product, Transfer, Work, total
 from kfac_prune.curvature.estimate import draws_per_window, layer_groups
 from kfac_prune.curvature.factors import CURVATURE_BYTES
 from kfac_prune.data import Windows, held_out
-from kfac_prune.own_text import CACHE_BYTES, PROMPT, cache_bytes
+from kfac_prune.own_text import PROMPT, cache_bytes
 from kfac_prune.probe import KEPT_BYTES, PROBE_PASSES, PROBE_TOKENS
 from kfac_prune.reconstruction import step_windows
 
@@ -62,6 +62,7 @@ class Setting:
         gpu: the device has memory of its own.
         room: bytes that factors may take at a time; None = no limit.
         text: bytes of every file of text that is tokenised.
+        cache: bytes that keys and values of the model's own text may take.
     """
 
     recipe: Recipe
@@ -71,6 +72,7 @@ class Setting:
     gpu: bool
     room: float | None
     text: Mapping[str, float]
+    cache: float
     _passes: dict[int, Passes] = field(default_factory=dict)
 
     @property
@@ -378,16 +380,15 @@ def _reconstruct(s: Setting) -> Stage:
 
 
 def _writing(s: Setting, windows: int) -> tuple[Work, float]:
-    """Text of the model's own, token by token; and what keys and values take, which on a GPU is a part of the room."""
+    """Text of the model's own, token by token; and what keys and values take."""
     if not windows:
         return Work(), 0.0
-    each = cache_bytes(s.dry.config, s.recipe.seqlen, s.item)
-    room = s.room if s.gpu and s.room else CACHE_BYTES
-    size = min(max(int(room // each), 1), windows)
+    each = cache_bytes(s.dry.config, s.recipe.seqlen, s.dry.count, s.dry.width, s.item)
+    size = min(max(int(s.cache // each), 1), windows)
     one, tokens = s.dry.passes(size, 1), s.recipe.seqlen * (1 - 1 / PROMPT) * windows / size
     work = (one.forward + one.labels) * tokens
     work.move(2 * size * each, tokens)  # half of the keys and values on average, read and written one behind the other
-    return work, 0.0 if s.gpu else float(size * each)
+    return work, float(size * each)
 
 
 def _save(s: Setting) -> Stage:
