@@ -28,7 +28,7 @@ from kfac_prune.progress import progress
 PROMPT = 8
 #: Room for keys and values of the windows that are written at a time: bytes on a CPU, one part in so many of a GPU. Not
 #: what happens to be free, since rounding, and now and then a token, depends on how many there are.
-CACHE_BYTES, CACHE_SHARE = 2**31, 8
+CACHE_BYTES, CACHE_SHARE = 2**29, 8
 
 
 def own_text_of(recipe: Recipe, objective: Objective, *, writes: bool) -> int:
