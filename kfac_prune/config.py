@@ -166,8 +166,8 @@ class Recipe:
     own_text: int | None = option(
         None,
         "windows that the dense model writes itself, per calibration window, for --reconstruct to learn on beside the "
-        f"text; epochs take no more steps for it; 0 = none; default: {OWN_TEXT} for causal language models, unless "
-        "there is --offload; else 0",
+        f"text; epochs take no more steps for it; 0 = none; default: {OWN_TEXT} for causal language models (1 for two "
+        "epochs, 0 for one), unless there is --offload; else 0",
     )
     recover_epochs: int = option(
         0,
