@@ -25,8 +25,8 @@ LOAD_CALLS, SAVE_CALLS = 5e4, 1e4
 RUNNING_TEXT_BYTES, DOCUMENTS_BYTES = 165, 25
 #: Bytes of main memory that torch takes for itself once a model has run forward and backward.
 TORCH_BYTES = 2.5e8
-#: Epochs in which the first block of a reconstruction tries learning rates: from two to six have been seen.
-TRIALS = 3
+#: Epochs in which the first block of a reconstruction tries learning rates: from two to eight have been seen.
+TRIALS = 4
 #: Sizes of the output in float32 that a pass holds at once, with gradient or with what is compared.
 OUTPUTS_BACKWARD, OUTPUTS_COMPARED = 3, 4
 
