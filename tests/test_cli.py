@@ -511,7 +511,7 @@ def test_options_reach_the_recipe(here):
         "shots": None,
         "reconstruct": 0,
         "reconstruct_unit": "block",
-        "own_text": None,
+        "own_text": 0,
         "recover_epochs": 0,
         "resume": False,
         "streams": "device",
