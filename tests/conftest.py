@@ -1,5 +1,6 @@
 """Tiny models with random weights, token windows, and a comparison that scales with the values."""
 
+import multiprocessing
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test looks for a model on the network
@@ -74,6 +75,13 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     expected = expected.to(torch.float64)
     limit = tolerance * float(expected.abs().max())
     torch.testing.assert_close(actual.to(torch.float64), expected, rtol=0, atol=limit)
+
+
+def forkserver() -> multiprocessing.context.ForkServerContext:
+    """What starts processes that need not import everything again."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["kfac_prune.pipeline"])
+    return context
 
 
 @pytest.fixture(params=FAMILIES)

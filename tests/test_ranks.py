@@ -16,7 +16,7 @@ import pytest
 import test_reconstruction
 import test_recovery
 import torch
-from conftest import assert_near, build, random_windows
+from conftest import assert_near, build, forkserver, random_windows
 from letters import LETTERS, save_llama
 from safetensors.torch import load_file
 
@@ -132,13 +132,6 @@ def expert_seen_by_one():
     }
 
 
-def _server():
-    """What starts processes that need not import everything again."""
-    context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kfac_prune.pipeline"])
-    return context
-
-
 @pytest.fixture(scope="module")
 def alone(place):
     return work(place, 1)
@@ -148,7 +141,7 @@ def alone(place):
 def several(request, place):
     """Results of all processes."""
     processes = request.param
-    _server()
+    forkserver()
     torch.multiprocessing.start_processes(one_of_several, (place, processes), processes, start_method="forkserver")
     return [torch.load(place / f"result-{processes}-{rank}", weights_only=False) for rank in range(processes)]
 
@@ -235,7 +228,7 @@ def dies_or_waits(rank, root):
 
 
 def test_the_others_stop_when_one_dies(place):
-    processes = [_server().Process(target=dies_or_waits, args=(rank, place / "dies")) for rank in (0, 1)]
+    processes = [forkserver().Process(target=dies_or_waits, args=(rank, place / "dies")) for rank in (0, 1)]
     (place / "dies").mkdir()
     for file in ("model", "text.txt"):
         (place / "dies" / file).symlink_to(place / file)

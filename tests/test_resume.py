@@ -1,7 +1,6 @@
 """Runs that are killed at any moment go on to the same bytes; files of other runs, or broken ones, are refused."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import forkserver
 from letters import save_llama
 from safetensors import safe_open
 
@@ -61,8 +61,7 @@ def attempt(made):
 
 
 def test_a_run_killed_at_twenty_moments_ends_in_the_same_bytes(place, tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kfac_prune.pipeline"])
+    context = forkserver()
 
     def started(made):
         process = context.Process(target=attempt, args=(made,))
